@@ -1,0 +1,501 @@
+"""(message, transfer list) <-> packet: which pickler, by reference or by value, what travels beside the pickle.
+
+A message that is only data becomes a bare pickle. One with transferables or large buffers becomes
+
+    EXTENDED | counts | per transferable: code, descriptors, size, bytes | per buffer: size | pickle | aligned buffers
+
+House rules: everything that can fail fails in ``pack``, before anything is detached. Pickling and loading run the
+user's code: no lock is held, and an exception of a signal handler that comes up there is none of the message's. Plain
+pickle does what it can; cloudpickle only what plain pickle cannot do, or would do wrong at the receiver (functions and
+classes of a ``__main__`` that has no file: notebook, prompt). This room knows transferables only by their protocol.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import pickle
+import signal
+import struct
+import sys
+import threading
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from multiprocessing.reduction import ForkingPickler
+from types import FunctionType
+from typing import Any, ClassVar, Final, NamedTuple, Self
+
+from ._kernel import Descriptors
+from ._link import PICKLE, Parcel
+from .errors import DataCloneError, MessageError
+
+loads = pickle.loads
+
+_EXTENDED: Final = 0x10
+_RAW: Final = 0x11  # the bytes of send_bytes(), where they would not look like a pickle
+_HEAD: Final = struct.Struct("<BIIQ")  # kind, transferables, buffers, size of the pickle
+_ENTRY: Final = struct.Struct("<BII")  # code, descriptors, bytes
+_SIZE: Final = struct.Struct("<Q")
+_ALIGN: Final = 64
+_OUT_OF_BAND: Final = 64 * 1024  # buffers from here on are not copied into the pickle; smaller ones are cheaper in it
+_KEEP_BELOW: Final = 1 << 20  # a pickler that made more keeps buffers of that size: drop it
+
+
+class Pickled(NamedTuple):
+    """A pickle in pieces, and the buffers that stayed out of it."""
+
+    chunks: Sequence[Any]
+    buffers: Sequence[memoryview]
+
+
+class Entry(NamedTuple):
+    """What a transferable leaves with: the code of its kind, its bytes, its descriptors (still the sender's own)."""
+
+    code: int
+    luggage: bytes
+    numbers: Sequence[int]
+
+
+class Transferable:
+    """What can be listed in ``transfer``: it leaves as some bytes and descriptors, and a new object arrives."""
+
+    __slots__ = ()
+
+    _code: ClassVar[int]
+
+    @classmethod
+    def _arrive(cls, luggage: memoryview, descriptors: Descriptors) -> Self:
+        """The new object at the receiver."""
+        raise NotImplementedError
+
+    def _undelivered(self) -> None:
+        """The message this object came with cannot be delivered."""
+        raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        moving: Moving | None = _here.packing
+        if moving is None:
+            raise TypeError(
+                f"a {type(self).__name__} moves, it is never copied: list it in post_message(..., transfer=[...]), "
+                "or give it to a Process as an argument"
+            )
+        return _arrived, (moving.place(self),)
+
+
+_kinds: dict[int, type[Transferable]] = {}
+
+
+def register(kind: type[Transferable]) -> None:
+    """Make a kind of transferable known to receivers, by its ``_code``."""
+    _kinds[kind._code] = kind
+
+
+class Moving:
+    """The transferables of one message. *listed*: only these may be in it; ``None``: all that are found move."""
+
+    __slots__ = ("explicit", "objects")
+
+    def __init__(self, listed: Sequence[Transferable] | None) -> None:
+        self.explicit = listed is not None
+        self.objects = list(listed or ())
+
+    def place(self, found: Transferable) -> int:
+        for place, each in enumerate(self.objects):
+            if each is found:
+                return place
+        if self.explicit:
+            raise DataCloneError(f"{found!r} is in the message but not in the transfer list; add it to transfer=[...]")
+        self.objects.append(found)
+        return len(self.objects) - 1
+
+
+class _Here(threading.local):
+    packing: Moving | None = None
+    arriving: Sequence[Transferable] | None = None
+
+
+_here = _Here()
+
+
+def _arrived(place: int) -> Transferable:
+    if _here.arriving is None:
+        raise pickle.UnpicklingError("this pickle is part of a channel's message and cannot be loaded on its own")
+    return _here.arriving[place]
+
+
+# Picklers
+
+
+class _Reducers(dict[Any, Any]):
+    """Reducers beside ``copyreg``'s: ours, and those registered with multiprocessing's pickler, whenever that was."""
+
+    def __missing__(self, kind: type) -> Any:
+        if not issubclass(kind, Transferable):
+            found = _forking_reducers.get(kind) or copyreg.dispatch_table.get(kind)
+            if found is not None:
+                return found
+        raise KeyError(kind)
+
+
+def _reduce_view(view: memoryview) -> Any:
+    return memoryview, (pickle.PickleBuffer(view if view.contiguous else view.tobytes()),)
+
+
+_forking_reducers: dict[Any, Any] = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
+_reducers = _Reducers({memoryview: _reduce_view})
+
+
+class _ByValueNeeded(Exception):
+    """A function or class that the receiver could not find by its name."""
+
+
+class _PlainPickler(pickle.Pickler):
+    dispatch_table = _reducers
+
+
+class _WaryPickler(_PlainPickler):
+    """For a ``__main__`` without a file, which no other process can import."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, (FunctionType, type)) and obj.__module__ in _MAIN:
+            raise _ByValueNeeded(obj)
+        return NotImplemented
+
+
+_MAIN: Final = ("__main__", "__mp_main__")
+
+
+def _main_has_file() -> bool:
+    return hasattr(sys.modules.get("__main__"), "__file__")
+
+
+class _Sink:
+    """The file a pickler writes to: a list."""
+
+    __slots__ = ("write",)
+
+    def __init__(self, write: Callable[[Any], object]) -> None:
+        self.write = write
+
+
+class _Packer:
+    """A pickler with its output. Kept and used again: that is 0.4 us a message against 1.5 for a new one."""
+
+    __slots__ = ("buffers", "chunks", "clear", "dump")
+
+    def __init__(self, kind: Callable[..., Any]) -> None:
+        self.chunks: list[Any] = []
+        self.buffers: list[memoryview] = []
+        pickler = kind(_Sink(self.chunks.append), 5, buffer_callback=self._keep)
+        self.dump: Callable[[Any], None] = pickler.dump
+        self.clear: Callable[[], None] = pickler.clear_memo
+
+    def _keep(self, buffer: pickle.PickleBuffer) -> bool:
+        """Called for each buffer; true means: into the pickle."""
+        raw = buffer.raw()
+        if raw.nbytes < _OUT_OF_BAND:
+            return True
+        self.buffers.append(raw)
+        return False
+
+
+_free: list[_Packer] = []  # whoever packs takes one, so packing may re-enter; after an error it is not put back
+
+
+def _plain_packer() -> _Packer:
+    return _Packer(_PlainPickler if _main_has_file() else _WaryPickler)
+
+
+_by_value_packer: Callable[[], _Packer] | None = None
+
+
+def prepare() -> None:
+    """Import what packing may need. At the first channel: an import while packing could hang a forked child."""
+    global _by_value_packer
+    if _by_value_packer is not None:
+        return
+    import io
+    import logging
+
+    import cloudpickle
+
+    # cloudpickle would copy these by content, silently: an open file, a logger, a view.
+    table = {
+        kind: reduce
+        for kind, reduce in dict(cloudpickle.Pickler.dispatch_table).items()
+        if kind not in (io.TextIOWrapper, logging.Logger, logging.RootLogger, memoryview)
+    }
+
+    class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            # Before super().__init__(), which is when the pickler looks for it.
+            self.dispatch_table = ChainMap(_reducers, table)
+            super().__init__(*args, **options)
+
+        def reducer_override(self, obj: Any) -> Any:
+            if isinstance(obj, (FunctionType, type)) and _main_has_file() and _found_in_main(obj):
+                return NotImplemented  # by reference: its class must be the receiver's own
+            return super().reducer_override(obj)
+
+    _by_value_packer = partial(_Packer, ByValuePickler)
+
+
+def _found_in_main(thing: Any) -> bool:
+    if thing.__module__ not in _MAIN:
+        return False
+    found: Any = sys.modules["__main__"]
+    for name in thing.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is thing
+
+
+# Packing
+
+
+def pack(message: Any, moving: Moving | None = None) -> bytes | Pickled:
+    """Pickle a message. Raises ``DataCloneError`` with the path to the culprit, and nothing happened."""
+    try:
+        packer = _free.pop()
+    except IndexError:
+        packer = _plain_packer()
+    try:
+        if moving is None or not moving.explicit:
+            packer.dump(message)
+        else:
+            _dump(packer, message, moving)
+    except Exception as error:
+        packer = _pack_with_care(message, moving, error)
+        return Pickled(packer.chunks, packer.buffers)
+    packer.clear()
+    if len(packer.chunks) == 1 and not packer.buffers:
+        data: bytes = packer.chunks.pop()
+        if len(data) < _KEEP_BELOW:
+            _free.append(packer)
+        return data
+    return Pickled(packer.chunks, packer.buffers)
+
+
+def _dump(packer: _Packer, message: Any, moving: Moving) -> None:
+    outer, _here.packing = _here.packing, moving
+    try:
+        packer.dump(message)
+    finally:
+        _here.packing = outer
+
+
+def _pack_with_care(message: Any, moving: Moving | None, first: Exception) -> _Packer:
+    """After a plain pickler failed: with the transferables that were found, then by value, then the path to why."""
+    if not _is_the_messages_own(first):
+        raise first
+    if moving is not None and not moving.explicit:
+        packer = _plain_packer()
+        try:
+            _dump(packer, message, moving)
+            return packer
+        except Exception as error:
+            if not _is_the_messages_own(error):
+                raise
+            moving.objects.clear()
+    prepare()
+    assert _by_value_packer is not None
+    packer = _by_value_packer()
+    try:
+        _dump(packer, message, moving or Moving(()))
+    except Exception as error:
+        if not _is_the_messages_own(error):
+            raise
+        path, cause = _find_culprit(message, moving)
+        if isinstance(cause, DataCloneError):
+            raise DataCloneError(f"{path}: {cause}") from None
+        raise DataCloneError(f"{path}: {cause or error}") from (cause or error)
+    return packer
+
+
+def assemble(pickled: bytes | Pickled, entries: Sequence[Entry] = ()) -> tuple[Sequence[Any], int]:
+    """The packet in pieces, and its size."""
+    chunks, buffers = ((pickled,), ()) if isinstance(pickled, bytes) else pickled
+    size = sum(map(len, chunks))
+    if not entries and not buffers:
+        return chunks, size
+    head = [_HEAD.pack(_EXTENDED, len(entries), len(buffers), size)]
+    for code, luggage, numbers in entries:
+        head += (_ENTRY.pack(code, len(numbers), len(luggage)), luggage)
+    head += (_SIZE.pack(buffer.nbytes) for buffer in buffers)
+    parts: list[Any] = [b"".join(head), *chunks]
+    size += len(parts[0])
+    for buffer in buffers:
+        padding = -size % _ALIGN
+        parts += (bytes(padding), buffer)
+        size += padding + buffer.nbytes
+    return parts, size
+
+
+def pack_bytes(data: memoryview) -> tuple[Sequence[Any], int]:
+    """A packet of bytes as they are: what looks like a pickle goes as one, as multiprocessing's connections have it."""
+    if data.nbytes and data[0] == PICKLE:
+        return (data,), data.nbytes
+    return (bytes([_RAW]), data), 1 + data.nbytes
+
+
+# Loading
+
+
+def unpack(parcel: Parcel) -> tuple[Any, tuple[Any, ...]]:
+    """(message, transferred objects). Raises ``MessageError``; then what came along was closed as undeliverable."""
+    body, descriptors = parcel
+    arrived: list[Transferable] = []
+    try:
+        pickle_, buffers = _open(body, descriptors, arrived)
+        outer, _here.arriving = _here.arriving, arrived
+        try:
+            return loads(pickle_, buffers=buffers), tuple(arrived)
+        finally:
+            _here.arriving = outer
+    except BaseException as error:
+        for each in arrived:
+            each._undelivered()
+        descriptors.close()
+        bad = message_error(error, body)
+        if bad is None:
+            raise
+        raise bad from error
+
+
+def _open(body: memoryview, descriptors: Descriptors, arrived: list[Transferable]) -> tuple[Any, Iterator[Any]]:
+    """The pickle and the buffers of a packet; fills *arrived*."""
+    kind = body[0] if len(body) else 0
+    if kind == PICKLE:
+        return body, iter(())
+    if kind == _RAW:
+        return body[1:], iter(())
+    if kind != _EXTENDED:
+        raise pickle.UnpicklingError("not a packet of mpchannel")
+    _, transferables, count, size = _HEAD.unpack_from(body)
+    at = _HEAD.size
+    for _ in range(transferables):
+        code, numbers, length = _ENTRY.unpack_from(body, at)
+        at += _ENTRY.size
+        arrived.append(_kinds[code]._arrive(body[at : at + length], descriptors.take(numbers)))
+        at += length
+    sizes = [_SIZE.unpack_from(body, at + 8 * each)[0] for each in range(count)]
+    at += 8 * count
+    pickle_ = body[at : at + size]
+    at += size
+    buffers = []
+    for length in sizes:
+        at += -at % _ALIGN
+        buffers.append(body[at : at + length])
+        at += length
+    return pickle_, iter(buffers)
+
+
+def unpack_bytes(body: memoryview) -> memoryview:
+    """What ``recv_bytes`` gives for a packet: the bytes that were sent, or the pickle of the message."""
+    pickle_, buffers = _open(body, Descriptors(), [])
+    if next(buffers, None) is not None:
+        pickle_ = memoryview(ForkingPickler.dumps(unpack(Parcel(body, Descriptors()))[0]))
+    return memoryview(pickle_)
+
+
+def message_error(error: BaseException, packet: bytes | bytearray | memoryview) -> MessageError | None:
+    """What the user gets for a message that cannot be loaded; ``None`` if *error* is none of the message's."""
+    if not _is_the_messages_own(error):
+        return None
+    return MessageError(f"a message cannot be loaded: {type(error).__name__}: {error}", bytes(packet))
+
+
+def _is_the_messages_own(error: BaseException) -> bool:
+    """Whether an error that came up in pickling or loading is about the message. (Memory may have run out, or a
+    Python signal handler may have run in the middle of it.)
+    """
+    if isinstance(error, MemoryError) or not isinstance(error, Exception):
+        return False
+    if threading.current_thread() is not threading.main_thread():
+        return True
+    handlers = {getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()} - {None}
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code in handlers:
+            return False
+        trace = trace.tb_next
+    return True
+
+
+# The path to the culprit
+
+
+def _find_culprit(message: Any, moving: Moving | None) -> tuple[str, Exception | None]:
+    """Where in *message* the part is that cannot be pickled, and why."""
+    allowed = Moving(moving.objects if moving is not None and moving.explicit else ())
+    if moving is not None and not moving.explicit:
+        allowed.explicit = False
+    path, value, budget = "message", message, 10_000
+    cause = _why_not(message, allowed)
+    seen = {id(value)}
+    while True:
+        for name, part in _parts(value):
+            budget -= 1
+            if budget < 0:
+                return path, cause
+            why = None if id(part) in seen else _why_not(part, allowed)
+            if why is not None:
+                path, value, cause = name.format(path), part, why
+                seen.add(id(part))
+                break
+        else:
+            return path, cause
+
+
+def _why_not(value: Any, allowed: Moving) -> Exception | None:
+    assert _by_value_packer is not None
+    try:
+        _dump(_by_value_packer(), value, allowed)
+    except Exception as error:
+        return error
+    return None
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    """The parts of a value, each with a pattern that makes its path from the value's."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield "{}[" + _braced(key) + "]", part
+            yield "the key " + _braced(key) + " of {}", key
+    elif isinstance(value, (list, tuple)):
+        for place, part in enumerate(value):
+            yield f"{{}}[{place}]", part
+    elif isinstance(value, (set, frozenset)):
+        for part in value:
+            yield "the member " + _braced(part) + " of {}", part
+    elif isinstance(value, partial):
+        yield "{}.func", value.func
+        for place, part in enumerate(value.args):
+            yield f"{{}}.args[{place}]", part
+        for name, part in value.keywords.items():
+            yield f"{{}}.keywords[{name!r}]", part
+    elif isinstance(value, FunctionType):
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=False):
+            yield f"{name} (captured by {{}})", cell.cell_contents
+        for name in value.__code__.co_names:
+            if name in value.__globals__:
+                yield f"{name} (used by {{}})", value.__globals__[name]
+    elif not isinstance(value, (type, str, bytes, Transferable)):
+        names = [name for kind in type(value).__mro__ for name in _slots_of(kind)]
+        for name in (*names, *getattr(value, "__dict__", ())):
+            part = getattr(value, name, None)
+            if part is not None:
+                yield f"{{}}.{name}", part
+
+
+def _slots_of(kind: type) -> tuple[str, ...]:
+    slots = kind.__dict__.get("__slots__", ())
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(name for name in names if not name.startswith("__"))
+
+
+def _braced(value: Any) -> str:
+    text = repr(value)
+    if len(text) > 60:
+        text = text[:57] + "..."
+    return text.replace("{", "{{").replace("}", "}}")
+

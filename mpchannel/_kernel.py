@@ -1,0 +1,495 @@
+"""The only room that knows the operating system: socket pairs, packets with descriptors, anonymous memory, limits, pids.
+
+House rules: every descriptor has one owner, an object of this room that closes it when it is dropped; nobody else
+holds bare descriptor numbers across lines. A descriptor that is between the kernel and its owner is guarded by
+``crossing``, which a fork waits for: a child must never inherit one that nobody knows of. Importing this room works on
+every system; the first channel asks ``require()``, which says what is missing.
+"""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing.connection
+import multiprocessing.process
+import os
+import select
+import socket
+import stat
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    import fcntl
+    import mmap
+    import resource
+else:
+    try:
+        import fcntl
+        import mmap
+        import resource
+    except ImportError:  # not a Unix; require() names what is missing before anything here is used
+        fcntl = mmap = resource = None
+
+MAX_DESCRIPTORS: Final = 253  # SCM_MAX_FD: the kernel takes no more in one packet
+NOW: Final[int] = getattr(socket, "MSG_DONTWAIT", 0)
+"""Receive flag: do not wait. (Never O_NONBLOCK: that bit is shared with every process that holds the socket.)"""
+PEEK: Final[int] = getattr(socket, "MSG_PEEK", 0)
+"""Receive flag: leave the packet where it is."""
+SEND_NOW: Final[int] = NOW | getattr(socket, "MSG_NOSIGNAL", 0)
+
+_RIGHTS_ROOM = 4 * 256 + 32  # room for the control data of one packet
+_SIOCOUTQ = 0x5411  # <linux/sockios.h>
+_MFD_NOEXEC_SEAL = 0x0008  # Linux 6.3; without it newer kernels complain in their log, or refuse (vm.memfd_noexec=2)
+_MADV_REMOVE = 9
+
+crossing = threading.RLock()
+"""Held while a descriptor is in nobody's hands. Taken last, held for system calls that do not wait."""
+
+
+def missing() -> list[str]:
+    """What this system lacks for channels, in words; an empty list where they work."""
+    wanted = {
+        "AF_UNIX sockets": hasattr(socket, "AF_UNIX"),
+        "SOCK_SEQPACKET": hasattr(socket, "SOCK_SEQPACKET"),
+        "descriptor passing (SCM_RIGHTS, MSG_CMSG_CLOEXEC)": hasattr(socket, "SCM_RIGHTS")
+        and hasattr(socket, "MSG_CMSG_CLOEXEC"),
+        "os.memfd_create": hasattr(os, "memfd_create"),
+        "os.eventfd": hasattr(os, "eventfd"),
+        "select.epoll": hasattr(select, "epoll"),
+        "file seals (fcntl.F_ADD_SEALS)": hasattr(fcntl, "F_ADD_SEALS"),
+        "os.preadv/os.pwritev": hasattr(os, "pwritev") and hasattr(os, "preadv"),
+    }
+    return [name for name, there in wanted.items() if not there]
+
+
+def require() -> None:
+    """Raise ``NotImplementedError`` naming what is missing, if channels cannot work on this system."""
+    lacking = missing()
+    if lacking:
+        raise NotImplementedError(
+            f"mpchannel channels need Linux kernel features that {sys.platform} lacks here: {', '.join(lacking)}"
+        )
+
+
+def explain(error: OSError, doing: str) -> OSError:
+    """The same error with the limit that was hit, and the present count, in its text."""
+    if error.errno == errno.EMFILE:
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        text = (
+            f"cannot {doing}: this process has {_count_descriptors(soft)} descriptors open and may have {soft} "
+            "(RLIMIT_NOFILE, `ulimit -n`); close some or raise the limit"
+        )
+    elif error.errno == errno.ENFILE:
+        text = f"cannot {doing}: the system's table of open files is full (fs.file-max)"
+    elif error.errno == errno.ETOOMANYREFS:
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        text = (
+            f"cannot {doing}: this user has more than {soft} descriptors in flight, sent and not yet received "
+            "(RLIMIT_NOFILE bounds these too); let receivers catch up or raise the limit"
+        )
+    elif error.errno == errno.EAGAIN:
+        text = f"cannot {doing}: the other side has not read for so long that not even control packets fit any more"
+    else:
+        text = f"cannot {doing}: {os.strerror(error.errno or 0)}"
+    explained = OSError(error.errno, text)
+    explained.__cause__ = error
+    return explained
+
+
+def _count_descriptors(limit: int) -> int:
+    # Counted by asking for each: listing /proc/self/fd would itself need a descriptor.
+    count = 0
+    for number in range(min(limit, 1 << 16)):
+        try:
+            fcntl.fcntl(number, fcntl.F_GETFD)
+        except OSError:
+            continue
+        count += 1
+    return count
+
+
+# Sockets
+
+
+class Socket(socket.SocketType):
+    """One end of a socket pair. Closed when its last reference goes, never by hand.
+
+    So a thread that is inside a call on it (a bound method on its stack) keeps the descriptor's number from being
+    given to something else, without a counter.
+    """
+
+    __slots__ = ()
+    __del__ = socket.SocketType.close
+
+
+def _own(number: int) -> Socket:
+    sock = Socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=number)
+    if sock.gettimeout() is not None:  # socket.setdefaulttimeout() was called; it would set O_NONBLOCK
+        sock.settimeout(None)
+    return sock
+
+
+def socket_pair() -> tuple[Socket, Socket]:
+    """A connected pair that keeps packets whole, close-on-exec."""
+    try:
+        with crossing:
+            one, two = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            return _own(one.detach()), _own(two.detach())
+    except OSError as error:
+        raise explain(error, "create a channel") from error
+
+
+def adopt_socket(number: int) -> Socket:
+    """Own a descriptor that another process passed to this one at its start."""
+    os.set_inheritable(number, False)  # a spawned child gets it inheritable
+    return _own(number)
+
+
+class Descriptors:
+    """Descriptors that came with a packet and that nobody has claimed yet; closes what is left."""
+
+    __slots__ = ("_numbers",)
+
+    def __init__(self, numbers: Sequence[int] = ()) -> None:
+        self._numbers = list(numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def claim_socket(self) -> Socket:
+        """The next one, as a socket. Raises ``OSError`` if it is none."""
+        with crossing:
+            sock = _own(self._numbers[0])
+            del self._numbers[0]
+        return sock
+
+    def claim_memory(self) -> Memory:
+        """The next one, as memory. Raises ``OSError`` if it cannot be sealed memory."""
+        with crossing:
+            memory = Memory(self._numbers[0])
+            del self._numbers[0]
+        return memory
+
+    def take(self, count: int) -> Descriptors:
+        """The next *count* of them, in an owner of their own."""
+        if count > len(self._numbers):
+            raise ValueError(f"{count} descriptors were announced and {len(self._numbers)} came")
+        some = Descriptors()
+        some._numbers, self._numbers = self._numbers[:count], self._numbers[count:]
+        return some
+
+    def sockets(self) -> Iterator[Socket]:
+        """Claim all; give the sockets among them, close the others."""
+        while self._numbers:
+            if stat.S_ISSOCK(os.fstat(self._numbers[0]).st_mode):
+                yield self.claim_socket()
+            else:
+                self.claim_memory()
+
+    def close(self) -> None:
+        numbers, self._numbers = self._numbers, []
+        for number in numbers:
+            os.close(number)
+
+    __del__ = close
+
+
+def send_with(sock: Socket, parts: Sequence[Any], numbers: Sequence[int], sent: list[int] | None = None) -> None:
+    """Send one packet of *parts* with descriptors, without waiting.
+
+    *sent* is filled by the very call that sends, so that whoever is interrupted right after it still knows.
+    """
+    control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(numbers)}i", *numbers))] if numbers else []
+    if len(parts) > 512:  # the kernel takes 1,024 pieces (IOV_MAX)
+        parts = [b"".join(parts)]
+    if sent is None:
+        sock.sendmsg(parts, control, SEND_NOW)
+    else:
+        sent.extend(map(sock.sendmsg, (parts,), (control,), (SEND_NOW,)))
+
+
+def receive_with(sock: Socket, buffer: bytearray, flags: int) -> tuple[int, Descriptors]:
+    """Receive one packet with its descriptors: (bytes, descriptors). Raises ``OSError(EMFILE)`` if there is no room
+    for them in this process; with ``PEEK`` among the flags nothing is lost by that.
+    """
+    with crossing:
+        size, control, got, _ = sock.recvmsg_into((buffer,), _RIGHTS_ROOM, flags | socket.MSG_CMSG_CLOEXEC)
+        numbers: list[int] = []
+        for level, kind, data in control:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                numbers += struct.unpack(f"{len(data) // 4}i", data[: len(data) // 4 * 4])
+        descriptors = Descriptors(numbers)
+    if got & socket.MSG_CTRUNC:
+        descriptors.close()
+        raise explain(OSError(errno.EMFILE, ""), "receive the descriptors that came with a message")
+    return size, descriptors
+
+
+def enclose(numbers: Sequence[int]) -> Socket:
+    """Queue any number of descriptors in a fresh socket pair; its read end stands for them all."""
+    near, far = socket_pair()
+    for start in range(0, len(numbers), MAX_DESCRIPTORS):
+        send_with(near, (b"+",), numbers[start : start + MAX_DESCRIPTORS])
+    return far
+
+
+def disclose(envelope: Socket, count: int) -> Descriptors:
+    """The descriptors of an envelope. Raises ``OSError`` before any is taken if this process has no room for them."""
+    spare = Descriptors()
+    found = Descriptors()
+    try:
+        while len(spare) < count:
+            spare._numbers.append(os.dup(envelope.fileno()))
+    except OSError as error:
+        raise explain(error, f"receive {count} descriptors that came with a message") from error
+    finally:
+        spare.close()
+    while len(found) < count:
+        _, some = receive_with(envelope, bytearray(1), NOW)
+        found._numbers += some._numbers
+        some._numbers = []
+    return found
+
+
+def queued(sock: Socket) -> int:
+    """Bytes of kernel memory held by packets that were sent on *sock* and not yet received (0: all were)."""
+    return int.from_bytes(fcntl.ioctl(sock.fileno(), _SIOCOUTQ, b"\0\0\0\0"), sys.byteorder)
+
+
+def send_limit(sock: Socket) -> int:
+    """The size of the queue at which a packet no longer fits, in the unit of ``queued``."""
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+
+
+@contextmanager
+def roomier(sock: Socket) -> Iterator[None]:
+    """For a moment, let *sock* hold more unread packets than usual: room for a few packets that must get through."""
+    usual = send_limit(sock)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 23)  # the kernel gives what net.core.wmem_max allows
+    try:
+        yield
+    finally:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, usual // 2)  # the kernel doubles what it is told
+
+
+def set_receive_timeout(sock: Socket, seconds: float) -> None:
+    """Let receive calls that wait give up after *seconds*."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6)))
+
+
+def shut(sock: Socket) -> None:
+    """End the connection for both sides, whoever else holds copies. What is queued can still be read."""
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise
+
+
+def hung_up(sock: Socket) -> bool:
+    """Whether the other end is gone."""
+    poller = select.poll()
+    poller.register(sock, 0)
+    return bool(poller.poll(0))
+
+
+def wait_readable(sock: Socket | None, bell: Bell, seconds: float | None) -> None:
+    """Wait until *sock* (if any) has something or *bell* rings."""
+    poller = select.poll()
+    if sock is not None:
+        poller.register(sock, select.POLLIN)
+    poller.register(bell, select.POLLIN)
+    poller.poll(None if seconds is None else max(0.0, seconds * 1000))
+
+
+class Bell:
+    """Wakes one waiting thread from any other, or from a signal handler (an eventfd)."""
+
+    __slots__ = ("_number",)
+
+    def __init__(self) -> None:
+        self._number = -1
+        with crossing:
+            self._number = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def fileno(self) -> int:
+        return self._number
+
+    def ring(self) -> None:
+        os.eventfd_write(self._number, 1)
+
+    def hush(self) -> None:
+        """Forget past rings."""
+        try:
+            os.eventfd_read(self._number)
+        except BlockingIOError:
+            pass  # nobody rang
+
+    def close(self) -> None:
+        number, self._number = self._number, -1
+        if number >= 0:
+            os.close(number)
+
+    __del__ = close
+
+
+# Memory
+
+
+class Memory:
+    """A piece of anonymous memory with a descriptor (memfd): no name, not in /dev/shm, gone with its last holder."""
+
+    __slots__ = ("_number",)
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    @classmethod
+    def create(cls) -> Memory:
+        """New and empty; it can grow until somebody seals it. Raises ``OSError``."""
+        global _memory_flags
+        with crossing:
+            try:
+                return cls(os.memfd_create("mpchannel", _memory_flags))
+            except OSError as error:
+                if error.errno == errno.EINVAL and _memory_flags & _MFD_NOEXEC_SEAL:
+                    _memory_flags &= ~_MFD_NOEXEC_SEAL
+                    return cls(os.memfd_create("mpchannel", _memory_flags))
+                raise explain(error, "allocate memory for a message") from error
+
+    def fileno(self) -> int:
+        return self._number
+
+    def close(self) -> None:
+        number, self._number = self._number, -1
+        if number >= 0:
+            os.close(number)
+
+    __del__ = close
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self._number).st_size
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory it really occupies."""
+        return os.fstat(self._number).st_blocks * 512
+
+    def write(self, parts: Sequence[Any], at: int) -> None:
+        """Write all *parts* at offset *at*. Raises ``OSError``: ``EPERM`` when it was sealed against growing."""
+        if len(parts) == 1 and len(parts[0]) <= 1 << 30:
+            done = os.pwrite(self._number, parts[0], at)
+            if done == len(parts[0]):
+                return
+            parts, at = [memoryview(parts[0])[done:]], at + done
+        views = [view for part in parts if (view := memoryview(part).cast("B")).nbytes]
+        while views:
+            done = os.pwritev(self._number, views[:512], at)  # at most 2 GiB a call, at most 1,024 pieces
+            at += done
+            while views and done >= views[0].nbytes:
+                done -= views.pop(0).nbytes
+            if done:
+                views[0] = views[0][done:]
+
+    def read(self, size: int, at: int) -> bytearray:
+        """*size* bytes from offset *at* (fewer at the end)."""
+        data = bytearray(size)
+        view = memoryview(data)
+        done = 0
+        while done < size:
+            got = os.preadv(self._number, (view[done : done + (1 << 30)],), at + done)
+            if not got:
+                view.release()
+                del data[done:]
+                return data
+            done += got
+        return data
+
+    def map(self, size: int) -> mmap.mmap:
+        """The first *size* bytes as memory of this process, writable. Only safe once it cannot shrink."""
+        if sys.version_info >= (3, 13):
+            return mmap.mmap(self._number, size, trackfd=False)
+        return mmap.mmap(self._number, size)  # holds a duplicate of the descriptor as long as it lives
+
+    @property
+    def offset(self) -> int:
+        """The file offset, which travels with the descriptor."""
+        return os.lseek(self._number, 0, os.SEEK_CUR)
+
+    @offset.setter
+    def offset(self, position: int) -> None:
+        os.lseek(self._number, position, os.SEEK_SET)
+
+    def seal(self, seals: int) -> None:
+        fcntl.fcntl(self._number, fcntl.F_ADD_SEALS, seals)
+
+    def sealed(self, seals: int) -> bool:
+        return fcntl.fcntl(self._number, fcntl.F_GET_SEALS) & seals == seals
+
+    def discard(self, start: int, end: int) -> None:
+        """Give the pages between two offsets (multiples of the page size) back to the system."""
+        try:
+            mapping = mmap.mmap(self._number, end - start, offset=start)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                return  # no descriptor to spare for mapping: the memory is given back with the file
+            raise
+        with mapping:
+            mapping.madvise(_MADV_REMOVE)
+
+
+def _first_memory_flags() -> int:
+    if not hasattr(os, "memfd_create"):
+        return 0
+    return os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | _MFD_NOEXEC_SEAL
+
+
+_memory_flags = _first_memory_flags()
+SEAL_SHRINK: Final[int] = getattr(fcntl, "F_SEAL_SHRINK", 0)
+SEAL_GROW: Final[int] = getattr(fcntl, "F_SEAL_GROW", 0)
+PAGE: Final[int] = getattr(mmap, "PAGESIZE", 4096)
+
+
+# Processes
+
+
+def exit_code(pid: int, patience: float = 1.0) -> int | None:
+    """The exit code of a child of this process (``-N`` for signal N), waiting at most *patience* seconds for its very
+    end; ``None`` if it is no child of ours or lives on. Takes nothing from whoever joins the child later.
+    """
+    deadline = time.monotonic() + patience
+    pause = 0.0005
+    while True:
+        process = next((each for each in _known_processes() if each.ident == pid), None)
+        popen = getattr(process, "_popen", None)
+        known: int | None = getattr(popen, "returncode", None)
+        if known is not None:
+            return known
+        try:
+            status = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            # Not a direct child: started by the fork server, or joined by somebody else this very moment.
+            if process is None:
+                return None
+            if multiprocessing.connection.wait([process.sentinel], max(0.0, deadline - time.monotonic())):
+                return process.exitcode
+            return None
+        if status is not None:
+            return status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(pause)
+        pause = min(0.02, pause * 2)
+
+
+def _known_processes() -> list[multiprocessing.process.BaseProcess]:
+    # Processes that somebody still refers to, joined or not. Ours only: a forked child inherits the whole set.
+    known: Any = getattr(multiprocessing.process, "_dangling", ())
+    me = os.getpid()
+    return [each for each in list(known) if getattr(each, "_parent_pid", None) == me]

@@ -1,0 +1,812 @@
+"""A link: what a port needs from its transport, and the local one. One socket of a pair, in every state.
+
+What goes through the socket, by its first byte:
+
+    0x80         a bare pickle: a small message, sent as it is
+    HEADS_UP     a packet with descriptors follows: look before you take, so that want of room loses nothing
+    CARRIER      (descriptors) a packet with descriptors, or one too large for the socket: then its body is in memory
+                 that comes along; more descriptors than one packet holds come in an envelope, a socket of their own
+    ANNOUNCE     (descriptors) an overflow file; it stays at the head of the queue until the file is read, so the
+                 socket stays readable and a travelling link needs nothing else
+    CLOSE        the other end says goodbye: reason and process. End of file without it: its holder died
+    HELD         the other end is now held by that process
+    others       packets that ``_clone`` made, whole
+
+House rules. Locks: ``receiving`` before ``sending``, several links in the order of ``id()``; never held while user
+code runs. The two are re-entrant, because a signal handler may come at any line and use the very port it interrupted.
+Release replaces ``_send`` and ``_recv_into`` by functions that raise, so the paths of messages check no state. Forget
+first, close later: a socket closes when its last user lets go of it.
+
+Where this leaves the plain design of one packet a message: packets with descriptors are announced by HEADS_UP, which
+costs a handover three calls (3 us) and saves every small message the room for descriptors (0.5 of 2.8 us), and a
+process at its descriptor limit loses nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import struct
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, NamedTuple, NoReturn, Protocol, final
+
+from ._kernel import MAX_DESCRIPTORS, NOW, PEEK, SEAL_SHRINK, SEND_NOW, Bell, Descriptors, Memory, Socket
+from ._kernel import disclose, enclose, explain, hung_up, queued, receive_with, require, roomier, send_limit
+from ._kernel import send_with, set_receive_timeout, shut, socket_pair, wait_readable
+from ._overflow import Inbox, Outbox
+from .errors import PortClosedError, PortDetachedError
+
+PICKLE: Final = 0x80
+_HEADS_UP, _ANNOUNCE, _CLOSE, _HELD, _CARRIER = 1, 2, 3, 4, 5
+_HEADS_UP_PACKET: Final = bytes([_HEADS_UP])
+_ANNOUNCEMENT: Final = bytes([_ANNOUNCE])
+_PROCESS: Final = struct.Struct("<BBI")  # kind, reason (of _CLOSE), pid
+_CARRIER_HEAD: Final = struct.Struct("<BBIQ")  # kind, flags, descriptors, size of the body
+_BODY_IN_MEMORY, _IN_ENVELOPE = 1, 2
+_HANDOFF: Final = struct.Struct("<12sIIH")  # channel, pid of the other side, heads-ups taken, packets put back
+
+REASONS: Final = ("closed", "collected", "exited", "died", "undeliverable")
+
+INLINE_MAX: Final = 160 * 1024
+"""Largest packet sent through the socket itself (its usual limit is 212,960 bytes). Up to there a copy through the
+socket costs a quarter of one through fresh memory: 11 against 74 us for 128 KiB."""
+_BUFFER: Final = INLINE_MAX + 64
+_MAP_FROM: Final = 1 << 20  # below, reading costs less than mapping and its page faults
+_BLOCK: Final = 0.004  # seconds a receive call may hold the lock; a transfer or another reader waits that long
+_SPIN: Final = 60e-6  # seconds a port that was quick last time is asked again and again before its thread sleeps:
+_QUICK: Final = 200e-6  # a sleeping thread on another core takes some 50 us to wake
+_ROOM_TRIES: Final = 20  # times to ask for room before opening an overflow file, which costs about 40 us
+_NO_ROOM: Final = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EMSGSIZE)
+
+GONE: Final = (BrokenPipeError, ConnectionResetError)
+
+_buffers: list[bytearray] = []  # for receiving; whoever takes a packet owns its buffer until it is handed back here
+give_back = _buffers.append
+_links: dict[int, weakref.ref[Link]] = {}  # every open link of this process, by id()
+_channel_prefix = os.urandom(8)
+_channel_numbers = itertools.count()
+
+
+class End(NamedTuple):
+    """The last thing taken from a link: the other end is gone."""
+
+    reason: str
+    pid: int | None
+
+
+class Parcel(NamedTuple):
+    """A packet that is more than a bare pickle, or lies in memory of its own; with its descriptors."""
+
+    body: memoryview
+    descriptors: Descriptors
+
+
+Taken = bytearray | memoryview | Parcel | End
+"""What ``take`` gives: a bare pickle (a ``bytearray`` is to be handed back with ``give_back``), a parcel, the end."""
+
+
+class Watcher(Protocol):
+    """Somebody who waits on a link's socket (an event loop, the delivery thread)."""
+
+    def forget(self, sock: Socket) -> None:
+        """Stop waiting on *sock*, which is being released. Any thread; also from a finaliser."""
+
+
+class Loan(Protocol):
+    """The start of a process that links are given to."""
+
+    @property
+    def pending(self) -> bool:
+        """Whether it is still open if the start succeeds."""
+
+
+def open_pair() -> tuple[Link, Link]:
+    """Two new links, connected. Raises ``OSError`` (limits) or ``NotImplementedError`` (not this system)."""
+    require()
+    one, two = socket_pair()
+    channel = _channel_prefix + next(_channel_numbers).to_bytes(4, "little")
+    pid = os.getpid()
+    first, second = Link(one, channel, pid), Link(two, channel, pid)
+    first.twin, second.twin = weakref.ref(second), weakref.ref(first)
+    return first, second
+
+
+def open_links() -> list[Link]:
+    """Every open link of this process."""
+    return [link for reference in list(_links.values()) if (link := reference()) is not None]
+
+
+@final
+class Link:
+    """One end of a channel, as its port sees it."""
+
+    __slots__ = (
+        "__weakref__",
+        "_back",
+        "_bells",
+        "_bodies",
+        "_end",
+        "_expected",
+        "_hot",
+        "_inbox",
+        "_outbox",
+        "_owes",
+        "_recv_into",
+        "_send",
+        "_slow",
+        "_sock",
+        "_timed",
+        "channel",
+        "length",
+        "lent",
+        "owner",
+        "peer_pid",
+        "receiving",
+        "sending",
+        "twin",
+        "watchers",
+    )
+
+    def __init__(self, sock: Socket, channel: bytes, peer_pid: int | None, expected: int = 0) -> None:
+        self.receiving = threading.RLock()
+        self.sending = threading.RLock()
+        self._sock: Socket | None = sock
+        self._send: Callable[..., Any] = sock.send
+        self._recv_into: Callable[..., int] = sock.recv_into
+        self.channel = channel  # 12 bytes, the same at both ends and nowhere else
+        self.peer_pid = peer_pid  # last process known to hold the other end
+        self.length = 0  # bytes of the packet taken last
+        self.lent: Loan | None = None
+        self.owner: weakref.ref[Any] | None = None
+        self.twin: weakref.ref[Link] | None = None  # the other end, as long as neither has moved
+        self.watchers: tuple[Watcher, ...] = ()
+        self._expected = expected  # heads-ups taken whose packet is still to come
+        self._slow = bool(expected)  # take with care: something below is set
+        self._inbox: Inbox | None = None
+        self._back: deque[bytearray | memoryview] = deque()
+        self._end: End | None = None
+        self._outbox: Outbox | None = None
+        self._owes = False  # a heads-up was sent whose packet is still to be sent
+        self._bodies = 0  # bytes of bodies sent in memory since the queue was last seen empty
+        self._bells: list[Bell] = []
+        self._hot = False
+        self._timed = False
+        _links[id(self)] = weakref.ref(self)
+
+    def __del__(self) -> None:
+        if self._sock is not None:
+            self.close("collected")
+
+    @property
+    def open(self) -> bool:
+        return self._sock is not None
+
+    def fileno(self) -> int:
+        sock = self._sock
+        if sock is None:
+            self._recv_into()  # raises, with the reason
+            raise AssertionError("unreachable")
+        return sock.fileno()
+
+    # Posting
+
+    def post(self, data: bytes) -> bool:
+        """Queue one packet. ``False`` if the channel is closed. Raises ``OSError`` (limits), with nothing queued."""
+        with self.sending:
+            if self._outbox is None and len(data) <= INLINE_MAX:
+                try:
+                    self._send(data, SEND_NOW)
+                    return True
+                except GONE:
+                    return False
+                except OSError as error:
+                    if error.errno not in _NO_ROOM:
+                        raise
+            return self.post_parts((data,), len(data))
+
+    def post_parts(
+        self, parts: Sequence[Any], size: int, numbers: Sequence[int] = (), sent: list[int] | None = None
+    ) -> bool:
+        """``post`` for a packet in pieces, with the descriptors *numbers* (copies travel; the caller keeps his).
+
+        *sent* is filled as soon as the packet is queued, even if a signal handler raises right then.
+        """
+        with self.sending:
+            sock = self._sock
+            if sock is None:
+                return self._refuse_post()
+            try:
+                count, flags, envelope = len(numbers), 0, None
+                if count >= MAX_DESCRIPTORS:
+                    envelope = enclose(numbers)
+                    numbers, flags = (envelope.fileno(),), _IN_ENVELOPE
+                tries = _ROOM_TRIES
+                while True:
+                    if self._outbox is not None:
+                        if self._outbox.abandoned(sock):
+                            self._outbox = None
+                            return False
+                        if self._outbox.append(*_record(parts, size, numbers, count, flags), sent):
+                            return True
+                        self._outbox.seal()
+                        self._outbox = None
+                    if self._post_by_socket(sock, parts, size, numbers, count, flags, sent):
+                        return True
+                    if tries:
+                        tries -= 1
+                        os.sched_yield()
+                        continue
+                    self._open_outbox(sock, _record(parts, size, numbers, count, flags), sent)
+                    return True
+            except GONE:
+                return False
+            except OSError as error:
+                with_them = f" and {count} descriptors" if count else ""
+                raise explain(error, f"post a message of {size} bytes{with_them}") from error
+
+    def _refuse_post(self) -> bool:
+        try:
+            self._send()
+        except GONE:
+            pass
+        return False
+
+    def _post_by_socket(
+        self,
+        sock: Socket,
+        parts: Sequence[Any],
+        size: int,
+        numbers: Sequence[int],
+        count: int,
+        flags: int,
+        sent: list[int] | None,
+    ) -> bool:
+        """Send a packet through the socket. ``False`` if there is no room."""
+        memory = None
+        try:
+            if size > INLINE_MAX:
+                if queued(sock) >= send_limit(sock):
+                    return False
+                memory = Memory.create()
+                memory.write(parts, 0)
+                memory.seal(SEAL_SHRINK)
+                parts, numbers, flags = (), (memory.fileno(), *numbers), flags | _BODY_IN_MEMORY
+            elif not numbers:
+                send_with(sock, parts, ())
+                return True
+            self._send_described(sock, (_CARRIER_HEAD.pack(_CARRIER, flags, count, size), *parts), numbers, sent)
+        except OSError as error:
+            # Plain data must not use up the user's descriptors in flight: the overflow file takes it.
+            if error.errno in _NO_ROOM or (error.errno == errno.ETOOMANYREFS and not count):
+                return False
+            raise
+        if memory is not None:
+            self._bodies += size
+        return True
+
+    def _send_described(
+        self, sock: Socket, parts: Sequence[Any], numbers: Sequence[int], sent: list[int] | None
+    ) -> None:
+        if not self._owes:
+            sock.send(_HEADS_UP_PACKET, SEND_NOW)
+        # Interrupted here, one heads-up too many costs the reader a look; one too few would cost descriptors.
+        self._owes = False
+        try:
+            send_with(sock, parts, numbers, sent)
+        except OSError:
+            self._owes = True
+            raise
+
+    def _open_outbox(self, sock: Socket, record: tuple[Sequence[Any], int, Sequence[int]], sent: list[int] | None) -> None:
+        """The socket is full: begin an overflow file with *record*."""
+        outbox = Outbox(with_lane=bool(record[2]))
+        outbox.append(*record, None)
+        outbox.memory.seal(SEAL_SHRINK)
+        numbers = [outbox.memory.fileno()]
+        if outbox.far_lane is not None:
+            numbers.append(outbox.far_lane.fileno())
+        with roomier(sock):
+            self._send_described(sock, (_ANNOUNCEMENT,), numbers, sent)
+        outbox.far_lane = None
+        self._outbox = outbox
+
+    @property
+    def buffered(self) -> int:
+        """Bytes of memory held by what was posted and not yet taken; 0 if and only if all was taken."""
+        sock, outbox = self._sock, self._outbox
+        waiting = 0 if sock is None else queued(sock)
+        if not waiting:
+            self._bodies = 0
+            return 0
+        if outbox is not None and not outbox.sealed:
+            waiting += outbox.memory.held
+        return waiting + self._bodies
+
+    # Taking. The caller holds ``receiving``.
+
+    def take(self, flags: int = NOW) -> Taken | None:
+        """The next packet or the end; ``None`` if nothing is there. With ``flags=0`` it waits a few milliseconds.
+
+        An exception of a signal handler loses nothing: what was received is put back.
+        """
+        if self._slow:
+            return self._take_slowly(flags)
+        try:
+            buffer = _buffers.pop()
+        except IndexError:
+            buffer = bytearray(_BUFFER)
+        buffer[0] = 0
+        try:
+            self.length = self._recv_into(buffer, 0, flags)
+        except BlockingIOError:
+            give_back(buffer)
+            return None
+        except ConnectionResetError:
+            # The other end closed with messages of ours unread. What it had sent before is still in the queue.
+            return self.take(flags)
+        except BaseException:
+            if buffer[0]:
+                self.put_back(buffer)
+            raise
+        if buffer[0] == PICKLE:
+            return buffer
+        return self._sort(buffer, flags)
+
+    def put_back(self, packet: bytearray | memoryview) -> None:
+        """Undo the taking of a bare pickle."""
+        self._back.append(packet)
+        self._slow = True
+
+    def _sort(self, buffer: bytearray, flags: int) -> Taken | None:
+        """A packet that is no bare pickle: keep house, or make it a parcel."""
+        if self._keep_house(buffer, self.length):
+            give_back(buffer)
+            return self._end or self.take(flags)
+        return Parcel(memoryview(buffer[: self.length]), Descriptors())
+
+    def _keep_house(self, buffer: bytearray | memoryview, size: int) -> bool:
+        """Note what a packet without a message says. ``False`` if it has a message."""
+        kind = buffer[0] if size else 0
+        if not size:
+            self._end = End("died", self.peer_pid)
+        elif kind == _CLOSE:
+            _, reason, pid = _PROCESS.unpack_from(buffer)
+            self._end = End(REASONS[min(reason, len(REASONS) - 1)], pid)
+        elif kind == _HEADS_UP:
+            self._expected += 1
+        elif kind == _HELD:
+            self.peer_pid = _PROCESS.unpack_from(buffer)[2]
+        else:
+            return False
+        self._set_pace()
+        return True
+
+    def _set_pace(self) -> None:
+        self._slow = bool(self._back or self._expected or self._end or self.lent)
+
+    def _take_slowly(self, flags: int) -> Taken | None:
+        """``take`` while something is put back, announced, over or lent."""
+        while True:
+            if self._back:
+                packet = self._back.popleft()
+                self.length = len(packet)
+                self._set_pace()
+                return packet
+            if self.lent is not None and self.lent.pending:
+                return None
+            if self._end is not None:
+                return self._end
+            if self._inbox is not None:
+                taken = self._take_overflowed(self._inbox)
+                if taken is not None or self._inbox is not None:
+                    return taken
+            elif not self._expected:
+                self._set_pace()
+                return self.take(flags)
+            else:
+                taken = self._look(flags)
+                if taken is not None or self._inbox is None:
+                    return taken
+
+    def _look(self, flags: int) -> Taken | None:
+        """Take the next packet off the socket only when its descriptors are safe in hand."""
+        sock = self._socket()
+        buffer = _buffers.pop() if _buffers else bytearray(_BUFFER)
+        try:
+            self.length, descriptors = receive_with(sock, buffer, flags | PEEK)
+        except BlockingIOError:
+            give_back(buffer)
+            return None
+        except ConnectionResetError:
+            return self._look(flags)
+        kind = buffer[0] if self.length else 0
+        if kind == _ANNOUNCE:
+            give_back(buffer)
+            self._inbox = Inbox(descriptors)
+            return None
+        parcel = None
+        if kind == _CARRIER:
+            parcel = _unwrap(memoryview(bytes(buffer[: self.length])), descriptors)
+            self._expected = max(0, self._expected - 1)
+        sock.recv_into(buffer, 0, NOW)
+        if parcel is not None:
+            give_back(buffer)
+            self._set_pace()
+            return parcel
+        return buffer if kind == PICKLE else self._sort(buffer, flags)
+
+    def _take_overflowed(self, inbox: Inbox) -> Taken | None:
+        """The next packet of the overflow file; ``None`` if there is none, and then maybe no file either."""
+        found = inbox.next()
+        self._leave_if_exhausted(inbox, found is None)
+        if found is None:
+            return None
+        packet, descriptors = found
+        self.length = len(packet)
+        if packet[0] == PICKLE:
+            return packet
+        if packet[0] == _CARRIER:
+            return _unwrap(packet, descriptors or Descriptors())
+        if self._keep_house(packet, self.length):
+            return self._take_slowly(NOW)
+        return Parcel(memoryview(bytearray(packet)), Descriptors())
+
+    def _leave_if_exhausted(self, inbox: Inbox, found_nothing: bool) -> None:
+        # At once when the last packet is taken, so that "readable" means that a message is there.
+        if inbox.exhausted(writer_gone=found_nothing and hung_up(self._socket())):
+            self._inbox = None
+            self._expected = max(0, self._expected - 1)
+            self._set_pace()
+            self._socket().recv_into(bytearray(8), 0, NOW)  # the announcement: the socket has the rest
+
+    def _socket(self) -> Socket:
+        sock = self._sock
+        if sock is None:
+            self._recv_into()  # raises: closed, or detached
+            raise AssertionError("unreachable")
+        return sock
+
+    @property
+    def ready(self) -> End | bool:
+        """Without taking it: whether a message is there (``True``), nothing (``False``), or the end."""
+        peek = bytearray(8)
+        while True:
+            if self._back:
+                return True
+            if self.lent is not None and self.lent.pending:
+                return False
+            if self._end is not None:
+                return self._end
+            if self._inbox is not None:
+                if self._inbox.waiting:
+                    return True
+                self._leave_if_exhausted(self._inbox, found_nothing=True)
+                if self._inbox is not None:
+                    return False
+            sock = self._socket()
+            try:
+                size = sock.recv_into(peek, 0, NOW | PEEK)
+            except BlockingIOError:
+                return False
+            except ConnectionResetError:
+                continue
+            if not self._keep_house(peek, size):
+                return True
+            if size:
+                sock.recv_into(peek, 0, NOW)
+
+    # Waiting
+
+    def next(self, timeout: float | None = None) -> Taken:
+        """Take the next packet, or the end, waiting for it. Raises ``TimeoutError``.
+
+        A port that was quick last time is asked again for some 60 us before its thread sleeps; then one receive call
+        waits for some milliseconds, which is one system call for a message; only then comes ``poll``, which a
+        transfer can wake.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        brief = timeout is not None and timeout < 2 * _BLOCK
+        while True:
+            with self.receiving:
+                taken = self.take() if brief else self._take_soon()
+            if taken is not None:
+                return taken
+            self.wait(deadline)
+
+    def next_with_length(self) -> tuple[Taken, int]:
+        """``next``, and the packet's length. (``length`` alone may already be that of another thread's packet.)"""
+        while True:
+            with self.receiving:
+                taken = self._take_soon()
+                length = self.length
+            if taken is not None:
+                return taken, length
+            self.wait(None)
+
+    def watched_by(self, watcher: Watcher) -> Socket | None:
+        """The socket for *watcher* to wait on; it is told to ``forget`` it at its release. ``None``: it is released."""
+        if self._sock is not None and watcher not in self.watchers:
+            self.watchers += (watcher,)
+        return self._sock
+
+    @property
+    def stalled(self) -> bool:
+        """After a take that gave nothing: whether the socket is readable all the same. (A large record is being
+        written, or a process is being started with this link.)
+        """
+        return self._inbox is not None or self.lent is not None
+
+    def _take_soon(self) -> Taken | None:
+        if self._hot:
+            taken = self.take()
+            if taken is not None:
+                return taken
+            until = time.perf_counter() + _SPIN
+            while time.perf_counter() < until:
+                os.sched_yield()
+                taken = self.take()
+                if taken is not None:
+                    return taken
+        if not self._timed:
+            set_receive_timeout(self._socket(), _BLOCK)
+            self._timed = True
+        began = time.perf_counter()
+        taken = self.take(0)
+        self._hot = taken is not None and time.perf_counter() - began < _QUICK
+        return taken
+
+    def wait(self, deadline: float | None, *, asleep_while: Callable[[], bool] | None = None) -> None:
+        """Sleep until the socket has something, or somebody rings. No lock is held.
+
+        *asleep_while*: do not look at the socket, only wait for a ring, unless this is false once the bell hangs.
+        Raises ``TimeoutError`` when *deadline* (on the monotonic clock) has passed.
+        """
+        seconds = None
+        if deadline is not None:
+            seconds = deadline - time.monotonic()
+            if seconds <= 0:
+                raise TimeoutError("nothing came in time")
+        try:
+            bell = Bell()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            # No descriptor left for a bell: look again every now and then.
+            time.sleep(min(_BLOCK, _BLOCK if seconds is None else seconds))
+            return
+        self._bells.append(bell)
+        try:
+            sock = self._sock
+            if sock is None:
+                return
+            if asleep_while is not None:
+                if not asleep_while():
+                    return
+                wait_readable(None, bell, seconds)
+            elif self._inbox is not None:
+                # A large record is being written; the socket is readable all the while.
+                wait_readable(None, bell, 0.0005)
+            else:
+                wait_readable(None if self.lent is not None else sock, bell, seconds)
+        finally:
+            self._bells.remove(bell)
+
+    def ring(self) -> None:
+        """Wake every thread that sleeps in ``wait``."""
+        for bell in tuple(self._bells):
+            bell.ring()
+
+    # Leaving
+
+    def close(self, reason: str, *, at_exit: bool = False) -> bool:
+        """Say goodbye and let go; ``False`` if that happened before. Ports in unread packets go back as undeliverable.
+
+        *at_exit*: other threads may be blocked on the socket and must not be woken; the process closes it anyway.
+        """
+        with self.sending:
+            sock, outbox = self._sock, self._outbox
+            if sock is None:
+                return False
+            self._release(_refuse_posts, _closed_here)
+            _farewell(sock, outbox, reason)
+        if at_exit:
+            if self.receiving.acquire(blocking=False):
+                try:
+                    _bounce(_unread(sock))
+                finally:
+                    self.receiving.release()
+            return True
+        shut(sock)
+        self._let_go(sock)
+        with self.receiving:
+            self._drop_received()
+            _bounce(_unread(sock))
+        return True
+
+    def drop(self, error: Callable[[], Exception]) -> None:
+        """The end was taken: let go. Taking from now on raises *error*; posting gives ``False``."""
+        with self.receiving, self.sending:
+            sock = self._sock
+            if sock is not None:
+                self._release(_refuse_posts, error)
+                self._drop_received()
+        if sock is not None:
+            self._let_go(sock)
+
+    def pack_up(self) -> tuple[bytes, int]:
+        """What another process needs to go on with this link: some bytes, and the descriptor.
+
+        The caller holds both locks. The link stays usable, so a handoff that fails needs no undoing.
+        """
+        if self._outbox is not None:
+            self._outbox.seal()
+            self._outbox = None
+        if self._inbox is not None:
+            self._inbox.rewind()
+            self._inbox = None
+        head = _HANDOFF.pack(self.channel, self.peer_pid or 0, self._expected, len(self._back))
+        back = [len(packet).to_bytes(4, "little") + packet for packet in self._back]
+        return b"".join((head, *back)), self._socket().fileno()
+
+    def lend(self, loan: Loan | None) -> None:
+        """A process is being started that may take this link over: take nothing meanwhile. ``None``: it did not."""
+        self.lent = loan
+        self._set_pace()
+
+    @staticmethod
+    def unpack(sock: Socket, luggage: bytes | memoryview) -> Link:
+        """The link that ``pack_up`` packed, at its new holder. Raises ``struct.error`` for what is none."""
+        channel, pid, expected, count = _HANDOFF.unpack_from(luggage)
+        link = Link(sock, channel, pid or None, expected)
+        at = _HANDOFF.size
+        for _ in range(count):
+            size = int.from_bytes(luggage[at : at + 4], "little")
+            link.put_back(bytearray(luggage[at + 4 : at + 4 + size]))
+            at += 4 + size
+        return link
+
+    def leave(self, error: Callable[[], Exception]) -> None:
+        """The link went to another holder: let go without a word. Posting and taking raise *error* from now on."""
+        with self.receiving, self.sending:
+            sock = self._sock
+            if sock is None:
+                return
+            if self._outbox is not None:
+                self._outbox.seal()
+            refuse = _refuse(error)
+            self._release(refuse, error)
+            self._drop_received()
+        self._let_go(sock)
+
+    def stay_behind(self, error: Callable[[], Exception]) -> None:
+        """In a forked child that was not given this link: close the copy, and nothing else."""
+        # Threads of the parent may have held the locks at the fork; here they would never be released.
+        self.receiving, self.sending = threading.RLock(), threading.RLock()
+        if self._sock is not None:
+            self._release(_refuse(error), error)
+            self._drop_received()
+        self._bells, self.watchers = [], ()
+        _links.pop(id(self), None)
+
+    def copy_after_fork(self) -> Link:
+        """In a forked child that was given this link: the same, with locks and waiters of its own."""
+        sock = self._socket()
+        link = Link(sock, self.channel, self.peer_pid, self._expected)
+        for packet in self._back:
+            link.put_back(packet)
+        self.stay_behind(_closed_here)
+        return link
+
+    def moved_to(self, pid: int | None, *, tell: bool = False) -> None:
+        """Before ``leave``: note at the other end, if it never left this process, who holds this end now. *tell* it
+        through the channel otherwise.
+        """
+        twin = None if self.twin is None else self.twin()
+        if twin is not None and twin.open:
+            twin.peer_pid = pid or twin.peer_pid
+        elif tell and pid:
+            self.post(_PROCESS.pack(_HELD, 0, pid))
+
+    def _release(self, post: Callable[..., Any], error: Callable[[], Exception]) -> None:
+        self._sock = None
+        self._outbox = None
+        self._send = post
+        self._recv_into = _refuse(error)
+        self._slow = False
+
+    def _drop_received(self) -> None:
+        self._inbox = self._end = None
+        self._back.clear()
+        self._slow = False
+
+    def _let_go(self, sock: Socket) -> None:
+        _links.pop(id(self), None)
+        for watcher in self.watchers:
+            watcher.forget(sock)
+        self.watchers = ()
+        self.ring()
+
+
+def _refuse(error: Callable[[], Exception]) -> Callable[..., NoReturn]:
+    def refuse(*_: object) -> NoReturn:
+        raise error()
+
+    return refuse
+
+
+_refuse_posts = _refuse(lambda: BrokenPipeError(errno.EPIPE, "the channel is closed"))
+
+
+def _closed_here() -> PortClosedError:
+    return PortClosedError("this port was closed by its own holder")
+
+
+def _record(
+    parts: Sequence[Any], size: int, numbers: Sequence[int], count: int, flags: int
+) -> tuple[Sequence[Any], int, Sequence[int]]:
+    """A packet as the overflow file takes it."""
+    if not count:
+        return parts, size, numbers
+    return (_CARRIER_HEAD.pack(_CARRIER, flags, count, size), *parts), _CARRIER_HEAD.size + size, numbers
+
+
+def _unwrap(packet: memoryview, descriptors: Descriptors) -> Parcel:
+    """A carrier's content. Raises ``OSError(EMFILE)`` with nothing lost; garbage comes out as an empty parcel."""
+    try:
+        _, flags, count, size = _CARRIER_HEAD.unpack_from(packet)
+        body = memoryview(bytearray(packet[_CARRIER_HEAD.size :]))
+        if flags & _BODY_IN_MEMORY:
+            memory = descriptors.claim_memory()
+            if not memory.sealed(SEAL_SHRINK) or memory.size < size:
+                raise ValueError("the body is shorter than announced, or could become so")
+            body = memoryview(memory.map(size) if size >= _MAP_FROM else memory.read(size, 0))
+        if flags & _IN_ENVELOPE:
+            descriptors = disclose(descriptors.claim_socket(), count)
+    except (struct.error, ValueError, IndexError):
+        return Parcel(memoryview(b""), descriptors)
+    return Parcel(body, descriptors)
+
+
+def _farewell(sock: Socket, outbox: Outbox | None, reason: str) -> None:
+    packet = _PROCESS.pack(_CLOSE, REASONS.index(reason), os.getpid())
+    try:
+        if outbox is not None:
+            outbox.seal()
+        try:
+            sock.send(packet, SEND_NOW)
+        except BlockingIOError:
+            with roomier(sock):
+                sock.send(packet, SEND_NOW)
+    except OSError:
+        pass  # the other end is gone, or reads nothing at all: end of file will have to do
+
+
+def _unread(sock: Socket) -> Iterator[Descriptors]:
+    """Take what is left in a socket that nobody will read; give the descriptors found."""
+    buffer = bytearray(1)
+    while True:
+        try:
+            size, descriptors = receive_with(sock, buffer, NOW)
+        except BlockingIOError:
+            return
+        except OSError:
+            continue  # a reset is told once; without room for descriptors the kernel closes them itself
+        if not size:
+            return
+        if len(descriptors):
+            yield descriptors
+
+
+def _bounce(found: Iterator[Descriptors]) -> None:
+    """Nobody will ever receive these: tell the other ends of the sockets among them, and of those queued in them."""
+    pending = list(found)
+    while pending:
+        for sock in pending.pop().sockets():
+            _farewell(sock, None, "undeliverable")
+            shut(sock)
+            pending.extend(_unread(sock))

@@ -1,0 +1,91 @@
+"""``MessageChannel``, and the functions that take ports: ``receive_message_on_port`` and ``wait``."""
+
+from __future__ import annotations
+
+import multiprocessing.connection
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, Generic, Self, TypeVar, final
+
+from ._clone import prepare
+from ._link import open_pair
+from .errors import PortClosedError
+from .events import MessageEvent
+from .port import MessagePort
+
+__all__ = ["MessageChannel", "receive_message_on_port", "wait"]
+
+One = TypeVar("One")
+Other = TypeVar("Other")
+T = TypeVar("T")
+
+
+@final
+class MessageChannel(Generic[One, Other]):
+    """A new channel: two connected ports, ``port1`` and ``port2``. ``port1, port2 = MessageChannel()`` works too.
+
+    For type checkers ``MessageChannel[Request, Reply]()`` is one whose ``port1`` posts requests and receives replies.
+
+    Raises ``OSError`` at a limit of the system (named in its text, nothing left behind) and ``NotImplementedError``
+    on a system without the kernel features that channels need.
+    """
+
+    __slots__ = ("port1", "port2")
+
+    port1: MessagePort[One, Other]
+    port2: MessagePort[Other, One]
+
+    def __init__(self) -> None:
+        prepare()
+        one, two = open_pair()
+        self.port1 = MessagePort._of(one)
+        self.port2 = MessagePort._of(two)
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self.port1
+        yield self.port2
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close both ends (those that have not moved away)."""
+        self.port1.close()
+        self.port2.close()
+
+    def __repr__(self) -> str:
+        return f"MessageChannel(port1={self.port1!r}, port2={self.port2!r})"
+
+
+def receive_message_on_port(port: MessagePort[Any, T]) -> MessageEvent[T] | None:
+    """Take one message if there is one; ``None`` if there is none, or the channel is closed.
+
+    Works on a port that was never started. A message goes either here or to listeners. Raises ``TypeError`` for what
+    is not a port, ``MessageError`` and ``PortDetachedError`` as ``MessagePort.receive``.
+    """
+    if not isinstance(port, MessagePort):
+        raise TypeError(f"receive_message_on_port takes a MessagePort, not {type(port).__name__}")
+    try:
+        return port._receive_now()
+    except PortClosedError:
+        return None
+
+
+def wait(object_list: Iterable[Any], timeout: float | None = None) -> list[Any]:
+    """Those of the ports, connections, sockets and process sentinels that are ready, waiting until one is.
+
+    As ``multiprocessing.connection.wait``: a port is ready when ``recv`` would not wait. An empty list after *timeout*
+    seconds.
+    """
+    waiting = list(object_list)
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while True:
+        over = [each for each in waiting if isinstance(each, MessagePort) and each.closed]
+        left = 0.0 if over else None if deadline is None else max(0.0, deadline - time.monotonic())
+        ready = multiprocessing.connection.wait([each for each in waiting if each not in over], left)
+        # A port's socket may hold a note between the two ends only, and no message.
+        ready = [each for each in ready if not isinstance(each, MessagePort) or each.poll()]
+        if ready or over:
+            return [each for each in waiting if each in over or each in ready]
+        if deadline is not None and time.monotonic() >= deadline:
+            return []

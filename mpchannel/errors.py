@@ -1,0 +1,63 @@
+"""Every exception of mpchannel, each with the sentence that helps.
+
+House rules: an error says what happened and what to do next. The caller's mistakes raise in the caller's
+thread; the other side's become events. Limits of the operating system stay ``OSError``, with the limit in the text.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BufferFull",
+    "ChannelError",
+    "DataCloneError",
+    "MessageError",
+    "PortClosedError",
+    "PortDetachedError",
+]
+
+
+class ChannelError(Exception):
+    """Base of all errors of this package."""
+
+
+class DataCloneError(ChannelError, TypeError):
+    """A message or a transfer list cannot be sent. Nothing was sent and nothing was detached.
+
+    The text begins with the path to the culprit, such as ``message['jobs'][3].lock``. The error of the pickler,
+    where there is one, is its ``__cause__``. (HTML calls this a "DataCloneError" DOMException.)
+    """
+
+
+class PortClosedError(ChannelError, EOFError):
+    """There is nothing more to receive: the channel is closed, and all that was posted has been taken.
+
+    ``reason`` is the close event's reason, or ``None`` if the port was closed by its own holder.
+    """
+
+    reason: str | None
+
+    def __init__(self, text: str = "the channel is closed", reason: str | None = None) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+class PortDetachedError(ChannelError, ValueError):
+    """This port was moved away: it is used by whoever received it. The text says when and where it went."""
+
+
+class MessageError(ChannelError):
+    """A message arrived that cannot be loaded here. The port stays usable; the next message is not affected.
+
+    The loading error is the ``__cause__``; ``packet`` is the packed message as it came. Ports that came with it
+    were closed (reason ``undeliverable``).
+    """
+
+    packet: bytes
+
+    def __init__(self, text: str, packet: bytes = b"") -> None:
+        super().__init__(text)
+        self.packet = packet
+
+
+class BufferFull(ChannelError):
+    """Posting would exceed the port's ``max_buffered``. Nothing was sent; wait with ``drain()`` and post again."""

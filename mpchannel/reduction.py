@@ -1,0 +1,293 @@
+"""How ports cross into other processes by multiprocessing's own doors: process arguments, queues, pools, connections.
+
+Under spawn and forkserver a port is pickled with its ``Process``; under fork the child inherits everything, keeps what
+it was given and closes the rest with a plain ``close`` (never a ``shutdown`` or a goodbye, which would end the
+parent's channels). *Given* means reachable from the process's target, arguments and attributes.
+
+Nobody tells a reducer whether the start succeeded, and the stdlib's ``Process`` knows nothing of us. The moment is when
+the Popen object gets its ``pid``: until then the ports are *lent*, which means that they take nothing; then they are
+detached; if the Popen object goes without a pid, nothing happened.
+
+House rules: everything here works for the stdlib's own ``Process`` as well. Hooks run at every fork of the program, so
+they are quick, and they never raise.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import multiprocessing.context
+import multiprocessing.popen_fork
+import multiprocessing.process
+import multiprocessing.reduction
+import multiprocessing.util
+import os
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Final
+
+from . import _clone, _delivery, _kernel
+from ._link import Link, open_links
+from .port import Departure, MessagePort
+
+__all__ = ["given_ports"]
+
+AnyPort = MessagePort[Any, Any]
+
+
+class _Start:
+    """The start of one process: the ports lent to it, until it succeeded or failed."""
+
+    def __init__(self, popen: Any, name: str) -> None:
+        self.popen = weakref.ref(popen, self._failed)
+        self.name = name
+        self.thread = threading.get_ident()
+        self.ports: list[AnyPort] = []
+
+    @property
+    def pending(self) -> bool:
+        # The starting thread itself comes to use a port again: then the start is over, and it did not succeed.
+        if self.ports and threading.get_ident() == self.thread and not _starting_here(self.popen()):
+            self._failed()
+        return bool(self.ports)
+
+    def _failed(self, _: object = None) -> None:
+        ports, self.ports = self.ports, []
+        for port in ports:
+            port._given_back()
+
+    def succeeded(self, pid: int) -> None:
+        ports, self.ports = self.ports, []
+        for port in ports:
+            port._given_to(self.name, pid)
+
+
+_starts: weakref.WeakKeyDictionary[Any, _Start] = weakref.WeakKeyDictionary()
+
+
+def _starting_here(popen: Any) -> bool:
+    """Whether this thread is inside the ``Popen(...)`` call of *popen*."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_launch" and frame.f_locals.get("self") is popen:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _start_of(popen: Any, process: Any) -> _Start:
+    start = _starts.get(popen)
+    if start is None:
+        _starts[popen] = start = _Start(popen, repr(getattr(process, "name", "a process")))
+        popen.__class__ = _watched_class(type(popen))
+    return start
+
+
+_watched_classes: dict[type, type] = {}
+
+
+def _watched_class(kind: type) -> type:
+    """*kind* with an eye on its ``pid``: the one attribute that every Popen gets when, and only when, it has started."""
+
+    def get(popen: Any) -> Any:
+        try:
+            return popen.__dict__["pid"]
+        except KeyError:
+            raise AttributeError("pid") from None
+
+    def set(popen: Any, pid: int) -> None:
+        popen.__dict__["pid"] = pid
+        popen.__class__ = kind
+        start = _starts.pop(popen, None)
+        if start is not None and pid:
+            start.succeeded(pid)
+
+    found = _watched_classes.get(kind)
+    if found is None:
+        found = _watched_classes[kind] = type(kind.__name__, (kind,), {"pid": property(get, set)})
+    return found
+
+
+# spawn, forkserver, queues, pools, connections: by pickling
+
+
+def _reduce_port(port: AnyPort) -> Any:
+    popen = multiprocessing.context.get_spawning_popen()
+    if popen is not None:
+        start = _start_of(popen, _process_being_pickled())
+        luggage, number = port._lend(start)
+        start.ports.append(port)
+        return _arrive, (multiprocessing.reduction.DupFd(number), luggage)
+    port._check_movable("the message")
+    with _Both(port):
+        entry = port._pack_up()
+        # The resource sharer keeps a copy until somebody fetches it; if nobody does, it ends with this process.
+        copy = multiprocessing.reduction.DupFd(entry.numbers[0])
+        port._left(Departure("sent by multiprocessing's pickler"), None)
+    return _arrive, (copy, entry.luggage)
+
+
+class _Both:
+    """Both locks of a port's link."""
+
+    def __init__(self, port: AnyPort) -> None:
+        self.link = port._link
+
+    def __enter__(self) -> None:
+        self.link.receiving.acquire()
+        self.link.sending.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.link.sending.release()
+        self.link.receiving.release()
+
+
+def _process_being_pickled() -> Any:
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_launch" and "process_obj" in frame.f_locals:
+            return frame.f_locals["process_obj"]
+        frame = frame.f_back
+    return None
+
+
+def _arrive(copy: Any, luggage: bytes) -> AnyPort:
+    _clone.prepare()
+    sock = _kernel.adopt_socket(copy.detach())
+    return MessagePort._of(Link.unpack(sock, luggage))
+
+
+multiprocessing.reduction.register(MessagePort, _reduce_port)
+
+
+# fork: by inheritance
+
+_DATA: Final = (str, bytes, bytearray, int, float, complex, bool, type(None), range, memoryview)
+_NOT_ENTERED: Final = (type, types.ModuleType, types.FrameType, types.TracebackType, types.CodeType, weakref.ref)
+
+
+def given_ports(process: multiprocessing.process.BaseProcess) -> list[AnyPort]:
+    """The ports that *process* is given: reachable from its target, arguments and attributes, through containers,
+    instances, closures, partials and bound methods, and through the globals that a lambda or nested target names.
+    """
+    found: dict[int, AnyPort] = {}
+    seen: set[int] = set()
+    pending = list(vars(process).values())
+    while pending:
+        thing = pending.pop()
+        if isinstance(thing, MessagePort):
+            found[id(thing)] = thing
+        elif isinstance(thing, (*_DATA, *_NOT_ENTERED)) or id(thing) in seen:
+            continue
+        else:
+            seen.add(id(thing))
+            pending += _referents(thing)
+    return list(found.values())
+
+
+def _referents(thing: Any) -> Iterator[Any]:
+    if isinstance(thing, types.FunctionType):
+        for cell in thing.__closure__ or ():
+            try:
+                yield cell.cell_contents
+            except ValueError:
+                continue  # not assigned yet
+        yield thing.__defaults__
+        yield thing.__kwdefaults__
+        yield vars(thing)
+        if "<" in thing.__qualname__:  # <lambda>, or defined in a function: not importable, so made for the occasion
+            for name in thing.__code__.co_names:
+                yield thing.__globals__.get(name)
+    else:
+        yield from gc.get_referents(thing)
+
+
+class _Fork:
+    """What one fork needs between its hooks."""
+
+    given: list[AnyPort]
+    held: bool
+
+    def __init__(self) -> None:
+        self.given = []
+        self.held = False
+
+
+_fork: Final = threading.local()  # several threads may fork, each with its own
+
+
+def _forking_popen() -> tuple[Any, Any] | None:
+    """(Popen object, process) if the fork under way is that of a multiprocessing process."""
+    frame = sys._getframe(2)  # whoever called os.fork
+    if frame.f_code is _LAUNCH:
+        return frame.f_locals["self"], frame.f_locals["process_obj"]
+    return None
+
+
+_LAUNCH: Final = multiprocessing.popen_fork.Popen._launch.__code__
+
+
+def _before_fork() -> None:
+    _delivery.before_fork()
+    starting = _forking_popen()
+    if starting is not None and open_links():
+        popen, process = starting
+        ports = [port for port in given_ports(process) if not port.closed and not port.detached]
+        start = _start_of(popen, process) if ports else None
+        for port in ports:
+            assert start is not None
+            port._lend(start)
+            start.ports.append(port)
+    _kernel.crossing.acquire()
+
+
+def _after_fork_in_parent() -> None:
+    _kernel.crossing.release()
+    _delivery.after_fork_in_parent()
+
+
+def _after_fork_in_child() -> None:
+    _kernel.crossing = threading.RLock()
+    _delivery.after_fork_in_child()
+    _starts.clear()
+    inherited = open_links()
+    if _forking_popen() is None:
+        _sort_out(inherited, [])
+    else:
+        # multiprocessing sets current_process() first and then calls us: what is given is known there.
+        _at_start.inherited = inherited
+
+
+def _sort_out(inherited: list[Link], given: list[AnyPort]) -> None:
+    departure = Departure(f"left with process {os.getppid()}, which forked this one (pass it in args=(port,) instead),")
+    for link in inherited:
+        port: AnyPort | None = None if link.owner is None else link.owner()
+        if port is not None and any(port is each for each in given):
+            port._start_over()
+        elif port is not None:
+            port._stay_behind(departure)
+        else:
+            link.stay_behind(departure.error)
+
+
+class _AtStart:
+    """Told by multiprocessing that a child has begun."""
+
+    inherited: list[Link] = []
+
+    def begin(self) -> None:
+        inherited, self.inherited = self.inherited, []
+        if inherited:
+            _sort_out(inherited, given_ports(multiprocessing.current_process()))
+
+
+_at_start = _AtStart()
+multiprocessing.util.register_after_fork(_at_start, _AtStart.begin)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+    )
