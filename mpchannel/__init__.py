@@ -1,13 +1,13 @@
 """Channels between processes: connected pairs of ports, as the Web and Electron have them.
 
-    errors, events          what goes wrong; event classes and the listener table
-    _kernel                 the operating system
-    _overflow, _link        how packets travel
-    _clone                  messages <-> packets
-    _delivery               who runs listeners
-    port, channel           MessagePort, MessageChannel
-    reduction, process,     how ports get into other processes
-    context
+errors, events          what goes wrong; event classes and the listener table
+_kernel                 the operating system
+_overflow, _link        how packets travel
+_clone                  messages <-> packets
+_delivery               who runs listeners
+port, channel           MessagePort, MessageChannel
+reduction, process,     how ports get into other processes
+context
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import signal
 import struct
 import sys
 import threading
+import time
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -25,9 +26,10 @@ from multiprocessing.reduction import ForkingPickler
 from types import FunctionType
 from typing import Any, ClassVar, Final, NamedTuple, Self
 
+from ._culprit import find_culprit
 from ._kernel import Descriptors
-from ._link import PICKLE, Parcel
-from .errors import DataCloneError, MessageError
+from ._wire import PICKLE, Parcel
+from .errors import DataCloneError, MessageError, PortDetachedError
 
 loads = pickle.loads
 
@@ -56,12 +58,59 @@ class Entry(NamedTuple):
     numbers: Sequence[int]
 
 
+_OURS: Final = ("mpchannel.", "multiprocessing.")  # modules whose lines are not where the user did something
+
+
+class Departure:
+    """Where a port went: for the errors of whoever still uses the old object."""
+
+    __slots__ = ("how", "when", "where")
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+        self.when = time.time()
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_OURS):
+            frame = frame.f_back
+        self.where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+    def __str__(self) -> str:
+        clock = time.strftime("%H:%M:%S", time.localtime(self.when))
+        return f"{self.how} at {self.where} ({clock}, {time.time() - self.when:.1f} s ago)"
+
+    def error(self) -> PortDetachedError:
+        return PortDetachedError(f"this port was {self}; only its new holder can use it")
+
+
 class Transferable:
-    """What can be listed in ``transfer``: it leaves as some bytes and descriptors, and a new object arrives."""
+    """What can be listed in ``transfer``: it leaves as some bytes and descriptors, and a new object arrives.
+
+    A post takes the locks of all that leaves (each with its place in the order of locks), checks that all can leave,
+    packs them up (which leaves them usable), sends, and tells them that they left.
+    """
 
     __slots__ = ()
 
     _code: ClassVar[int]
+
+    @property
+    def _channel(self) -> bytes:
+        """The channel this is an end of, if it is one."""
+        return b""
+
+    def _locks(self) -> list[tuple[int, int, Any]]:
+        raise NotImplementedError
+
+    def _check_movable(self, name: str) -> None:
+        """Raise ``DataCloneError``, speaking of *name*, if this cannot leave."""
+        raise NotImplementedError
+
+    def _pack_up(self) -> Entry:
+        raise NotImplementedError
+
+    def _left(self, departure: Departure, pid: int | None, *, lost: bool = False) -> None:
+        """This went to process *pid*, if known; or, *lost*, to where nobody will receive it."""
+        raise NotImplementedError
 
     @classmethod
     def _arrive(cls, luggage: memoryview, descriptors: Descriptors) -> Self:
@@ -217,7 +266,7 @@ def prepare() -> None:
     import io
     import logging
 
-    import cloudpickle
+    import cloudpickle  # type: ignore[import-untyped]
 
     # cloudpickle would copy these by content, silently: an open file, a logger, a view.
     table = {
@@ -304,7 +353,7 @@ def _pack_with_care(message: Any, moving: Moving | None, first: Exception) -> _P
     except Exception as error:
         if not _is_the_messages_own(error):
             raise
-        path, cause = _find_culprit(message, moving)
+        path, cause = find_culprit(message, partial(_why_not, moving))
         if isinstance(cause, DataCloneError):
             raise DataCloneError(f"{path}: {cause}") from None
         raise DataCloneError(f"{path}: {cause or error}") from (cause or error)
@@ -421,81 +470,12 @@ def _is_the_messages_own(error: BaseException) -> bool:
     return True
 
 
-# The path to the culprit
-
-
-def _find_culprit(message: Any, moving: Moving | None) -> tuple[str, Exception | None]:
-    """Where in *message* the part is that cannot be pickled, and why."""
-    allowed = Moving(moving.objects if moving is not None and moving.explicit else ())
-    if moving is not None and not moving.explicit:
-        allowed.explicit = False
-    path, value, budget = "message", message, 10_000
-    cause = _why_not(message, allowed)
-    seen = {id(value)}
-    while True:
-        for name, part in _parts(value):
-            budget -= 1
-            if budget < 0:
-                return path, cause
-            why = None if id(part) in seen else _why_not(part, allowed)
-            if why is not None:
-                path, value, cause = name.format(path), part, why
-                seen.add(id(part))
-                break
-        else:
-            return path, cause
-
-
-def _why_not(value: Any, allowed: Moving) -> Exception | None:
+def _why_not(moving: Moving | None, value: Any) -> Exception | None:
+    """Why *value*, a part of a message, cannot be pickled; ``None`` if it can."""
     assert _by_value_packer is not None
+    allowed = Moving(None) if moving is not None and not moving.explicit else Moving(moving.objects if moving else ())
     try:
         _dump(_by_value_packer(), value, allowed)
     except Exception as error:
         return error
     return None
-
-
-def _parts(value: Any) -> Iterator[tuple[str, Any]]:
-    """The parts of a value, each with a pattern that makes its path from the value's."""
-    if isinstance(value, dict):
-        for key, part in value.items():
-            yield "{}[" + _braced(key) + "]", part
-            yield "the key " + _braced(key) + " of {}", key
-    elif isinstance(value, (list, tuple)):
-        for place, part in enumerate(value):
-            yield f"{{}}[{place}]", part
-    elif isinstance(value, (set, frozenset)):
-        for part in value:
-            yield "the member " + _braced(part) + " of {}", part
-    elif isinstance(value, partial):
-        yield "{}.func", value.func
-        for place, part in enumerate(value.args):
-            yield f"{{}}.args[{place}]", part
-        for name, part in value.keywords.items():
-            yield f"{{}}.keywords[{name!r}]", part
-    elif isinstance(value, FunctionType):
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=False):
-            yield f"{name} (captured by {{}})", cell.cell_contents
-        for name in value.__code__.co_names:
-            if name in value.__globals__:
-                yield f"{name} (used by {{}})", value.__globals__[name]
-    elif not isinstance(value, (type, str, bytes, Transferable)):
-        names = [name for kind in type(value).__mro__ for name in _slots_of(kind)]
-        for name in (*names, *getattr(value, "__dict__", ())):
-            part = getattr(value, name, None)
-            if part is not None:
-                yield f"{{}}.{name}", part
-
-
-def _slots_of(kind: type) -> tuple[str, ...]:
-    slots = kind.__dict__.get("__slots__", ())
-    names = (slots,) if isinstance(slots, str) else tuple(slots)
-    return tuple(name for name in names if not name.startswith("__"))
-
-
-def _braced(value: Any) -> str:
-    text = repr(value)
-    if len(text) > 60:
-        text = text[:57] + "..."
-    return text.replace("{", "{{").replace("}", "}}")
-

@@ -22,6 +22,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 from ._kernel import Bell, Socket
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     import asyncio
 
 TURNS: Final = 64
-"""Messages a client may dispatch in one turn, so that a busy port does not starve the others. More gave no more rate."""
+"""Messages a client may dispatch in one turn, so that a busy port does not starve the others."""
 _STOP_PATIENCE: Final = 1.0  # seconds a fork or exit waits for a listener that is running
 
 
@@ -183,7 +184,8 @@ class _DeliveryThread:
 
     def _serve(self) -> None:
         epoll, bell = self._epoll, self._bell
-        assert epoll is not None and bell is not None
+        assert epoll is not None
+        assert bell is not None
         alarm = bell.fileno()
         while True:
             ready = epoll.poll(max(0.0, self._later[0][0] - time.monotonic()) if self._later else None)
@@ -216,8 +218,12 @@ class _DeliveryThread:
         if not thread.is_alive():
             _await_end_of(thread)
 
+    @property
+    def stopped(self) -> bool:
+        return self._stopping
+
     def resume(self) -> None:
-        """After ``stop``: go on, if there is anything to do."""
+        """After ``stop``: go on."""
         with self._lock:
             if self._stopping:
                 self._stopping = False
@@ -226,7 +232,7 @@ class _DeliveryThread:
 
     def forget_parent(self) -> None:
         """In a forked child: the thread is not here, and the sockets it waited on are the parent's."""
-        self.__init__()  # type: ignore[misc]
+        self.__init__()
 
 
 def _guarded(fn: Callable[[], None]) -> None:
@@ -247,7 +253,8 @@ def _await_end_of(thread: threading.Thread) -> None:
 
 def report(error: BaseException) -> None:
     """Hand an exception that nobody can catch to ``threading.excepthook`` (default: a traceback on stderr)."""
-    threading.excepthook(threading.ExceptHookArgs((type(error), error, error.__traceback__, threading.current_thread())))
+    details = (type(error), error, error.__traceback__, threading.current_thread())
+    threading.excepthook(threading.ExceptHookArgs(details))
 
 
 delivery_thread: Final = _DeliveryThread()
@@ -406,8 +413,39 @@ def before_fork() -> None:
     delivery_thread.stop(_STOP_PATIENCE)
 
 
-def after_fork_in_parent() -> None:
-    delivery_thread.resume()
+def after_fork_in_parent(caller: FrameType) -> None:
+    """*caller*: whoever called ``os.fork``."""
+    if not delivery_thread.stopped:
+        return
+    if sys.version_info >= (3, 12):
+        _when_continues(caller, delivery_thread.resume)
+    else:
+        delivery_thread.resume()
+
+
+def _when_continues(caller: FrameType, fn: Callable[[], None]) -> None:
+    """Run *fn* when *caller* executes its next instruction.
+
+    Python (3.13.0 for one) counts threads after the at-fork hooks and warns about forking with threads: a thread that
+    a hook starts is counted. So it is started one instruction later, by way of ``sys.monitoring``.
+    """
+    monitoring = sys.monitoring  # type: ignore[attr-defined,unused-ignore]
+    tool = next((each for each in (3, 4) if monitoring.get_tool(each) is None), None)
+    if tool is None:
+        fn()
+        return
+    forking, code, event = threading.get_ident(), caller.f_code, monitoring.events.INSTRUCTION
+
+    def proceed(*_: object) -> None:
+        if threading.get_ident() == forking:
+            monitoring.set_local_events(tool, code, 0)
+            monitoring.register_callback(tool, event, None)
+            monitoring.free_tool_id(tool)
+            fn()
+
+    monitoring.use_tool_id(tool, "mpchannel")
+    monitoring.register_callback(tool, event, proceed)
+    monitoring.set_local_events(tool, code, event)
 
 
 def after_fork_in_child() -> None:

@@ -1,4 +1,4 @@
-"""The only room that knows the operating system: socket pairs, packets with descriptors, anonymous memory, limits, pids.
+"""The only room that knows the operating system: sockets, packets with descriptors, memory, limits, processes.
 
 House rules: every descriptor has one owner, an object of this room that closes it when it is dropped; nobody else
 holds bare descriptor numbers across lines. A descriptor that is between the kernel and its owner is guarded by

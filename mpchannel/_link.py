@@ -1,17 +1,5 @@
 """A link: what a port needs from its transport, and the local one. One socket of a pair, in every state.
 
-What goes through the socket, by its first byte:
-
-    0x80         a bare pickle: a small message, sent as it is
-    HEADS_UP     a packet with descriptors follows: look before you take, so that want of room loses nothing
-    CARRIER      (descriptors) a packet with descriptors, or one too large for the socket: then its body is in memory
-                 that comes along; more descriptors than one packet holds come in an envelope, a socket of their own
-    ANNOUNCE     (descriptors) an overflow file; it stays at the head of the queue until the file is read, so the
-                 socket stays readable and a travelling link needs nothing else
-    CLOSE        the other end says goodbye: reason and process. End of file without it: its holder died
-    HELD         the other end is now held by that process
-    others       packets that ``_clone`` made, whole
-
 House rules. Locks: ``receiving`` before ``sending``, several links in the order of ``id()``; never held while user
 code runs. The two are re-entrant, because a signal handler may come at any line and use the very port it interrupted.
 Release replaces ``_send`` and ``_recv_into`` by functions that raise, so the paths of messages check no state. Forget
@@ -27,36 +15,67 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-import struct
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, NamedTuple, NoReturn, Protocol, final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NoReturn, Protocol, final
 
-from ._kernel import MAX_DESCRIPTORS, NOW, PEEK, SEAL_SHRINK, SEND_NOW, Bell, Descriptors, Memory, Socket
-from ._kernel import disclose, enclose, explain, hung_up, queued, receive_with, require, roomier, send_limit
-from ._kernel import send_with, set_receive_timeout, shut, socket_pair, wait_readable
+from ._kernel import (
+    MAX_DESCRIPTORS,
+    NOW,
+    PEEK,
+    SEAL_SHRINK,
+    SEND_NOW,
+    Bell,
+    Descriptors,
+    Memory,
+    Socket,
+    enclose,
+    explain,
+    hung_up,
+    queued,
+    receive_with,
+    require,
+    roomier,
+    send_limit,
+    send_with,
+    set_receive_timeout,
+    shut,
+    socket_pair,
+    wait_readable,
+)
 from ._overflow import Inbox, Outbox
-from .errors import PortClosedError, PortDetachedError
-
-PICKLE: Final = 0x80
-_HEADS_UP, _ANNOUNCE, _CLOSE, _HELD, _CARRIER = 1, 2, 3, 4, 5
-_HEADS_UP_PACKET: Final = bytes([_HEADS_UP])
-_ANNOUNCEMENT: Final = bytes([_ANNOUNCE])
-_PROCESS: Final = struct.Struct("<BBI")  # kind, reason (of _CLOSE), pid
-_CARRIER_HEAD: Final = struct.Struct("<BBIQ")  # kind, flags, descriptors, size of the body
-_BODY_IN_MEMORY, _IN_ENVELOPE = 1, 2
-_HANDOFF: Final = struct.Struct("<12sIIH")  # channel, pid of the other side, heads-ups taken, packets put back
-
-REASONS: Final = ("closed", "collected", "exited", "died", "undeliverable")
+from ._wire import (
+    ANNOUNCE,
+    ANNOUNCEMENT,
+    BODY_IN_MEMORY,
+    CARRIER,
+    CARRIER_HEAD,
+    CLOSE,
+    HANDOFF,
+    HEADS_UP,
+    HEADS_UP_PACKET,
+    HELD,
+    IN_ENVELOPE,
+    PICKLE,
+    PROCESS,
+    REASONS,
+    End,
+    Parcel,
+    bounce,
+    farewell,
+    record,
+    unread,
+    unwrap,
+)
+from .errors import PortClosedError
 
 INLINE_MAX: Final = 160 * 1024
 """Largest packet sent through the socket itself (its usual limit is 212,960 bytes). Up to there a copy through the
 socket costs a quarter of one through fresh memory: 11 against 74 us for 128 KiB."""
 _BUFFER: Final = INLINE_MAX + 64
-_MAP_FROM: Final = 1 << 20  # below, reading costs less than mapping and its page faults
 _BLOCK: Final = 0.004  # seconds a receive call may hold the lock; a transfer or another reader waits that long
 _SPIN: Final = 60e-6  # seconds a port that was quick last time is asked again and again before its thread sleeps:
 _QUICK: Final = 200e-6  # a sleeping thread on another core takes some 50 us to wake
@@ -70,20 +89,6 @@ give_back = _buffers.append
 _links: dict[int, weakref.ref[Link]] = {}  # every open link of this process, by id()
 _channel_prefix = os.urandom(8)
 _channel_numbers = itertools.count()
-
-
-class End(NamedTuple):
-    """The last thing taken from a link: the other end is gone."""
-
-    reason: str
-    pid: int | None
-
-
-class Parcel(NamedTuple):
-    """A packet that is more than a bare pickle, or lies in memory of its own; with its descriptors."""
-
-    body: memoryview
-    descriptors: Descriptors
 
 
 Taken = bytearray | memoryview | Parcel | End
@@ -197,17 +202,23 @@ class Link:
 
     def post(self, data: bytes) -> bool:
         """Queue one packet. ``False`` if the channel is closed. Raises ``OSError`` (limits), with nothing queued."""
-        with self.sending:
-            if self._outbox is None and len(data) <= INLINE_MAX:
-                try:
-                    self._send(data, SEND_NOW)
-                    return True
-                except GONE:
-                    return False
-                except OSError as error:
-                    if error.errno not in _NO_ROOM:
-                        raise
-            return self.post_parts((data,), len(data))
+        if self._outbox is None and len(data) <= INLINE_MAX:
+            # Without the lock, which would be a tenth of the whole cost.
+            try:
+                self._send(data, SEND_NOW)
+            except GONE:
+                return False
+            except OSError as error:
+                if error.errno not in _NO_ROOM:
+                    raise
+            else:
+                if self._outbox is not None:
+                    # Another thread began an overflow file meanwhile, and this packet may be queued behind it: so
+                    # must be all that this thread posts from now on.
+                    with self.sending:
+                        self._leave_outbox()
+                return True
+        return self.post_parts((data,), len(data))
 
     def post_parts(
         self, parts: Sequence[Any], size: int, numbers: Sequence[int] = (), sent: list[int] | None = None
@@ -224,24 +235,23 @@ class Link:
                 count, flags, envelope = len(numbers), 0, None
                 if count >= MAX_DESCRIPTORS:
                     envelope = enclose(numbers)
-                    numbers, flags = (envelope.fileno(),), _IN_ENVELOPE
+                    numbers, flags = (envelope.fileno(),), IN_ENVELOPE
                 tries = _ROOM_TRIES
                 while True:
                     if self._outbox is not None:
                         if self._outbox.abandoned(sock):
                             self._outbox = None
                             return False
-                        if self._outbox.append(*_record(parts, size, numbers, count, flags), sent):
+                        if self._outbox.append(*record(parts, size, numbers, count, flags), sent):
                             return True
-                        self._outbox.seal()
-                        self._outbox = None
+                        self._leave_outbox()
                     if self._post_by_socket(sock, parts, size, numbers, count, flags, sent):
                         return True
                     if tries:
                         tries -= 1
                         os.sched_yield()
                         continue
-                    self._open_outbox(sock, _record(parts, size, numbers, count, flags), sent)
+                    self._open_outbox(sock, record(parts, size, numbers, count, flags), sent)
                     return True
             except GONE:
                 return False
@@ -275,11 +285,11 @@ class Link:
                 memory = Memory.create()
                 memory.write(parts, 0)
                 memory.seal(SEAL_SHRINK)
-                parts, numbers, flags = (), (memory.fileno(), *numbers), flags | _BODY_IN_MEMORY
+                parts, numbers, flags = (), (memory.fileno(), *numbers), flags | BODY_IN_MEMORY
             elif not numbers:
                 send_with(sock, parts, ())
                 return True
-            self._send_described(sock, (_CARRIER_HEAD.pack(_CARRIER, flags, count, size), *parts), numbers, sent)
+            self._send_described(sock, (CARRIER_HEAD.pack(CARRIER, flags, count, size), *parts), numbers, sent)
         except OSError as error:
             # Plain data must not use up the user's descriptors in flight: the overflow file takes it.
             if error.errno in _NO_ROOM or (error.errno == errno.ETOOMANYREFS and not count):
@@ -293,7 +303,7 @@ class Link:
         self, sock: Socket, parts: Sequence[Any], numbers: Sequence[int], sent: list[int] | None
     ) -> None:
         if not self._owes:
-            sock.send(_HEADS_UP_PACKET, SEND_NOW)
+            sock.send(HEADS_UP_PACKET, SEND_NOW)
         # Interrupted here, one heads-up too many costs the reader a look; one too few would cost descriptors.
         self._owes = False
         try:
@@ -302,7 +312,9 @@ class Link:
             self._owes = True
             raise
 
-    def _open_outbox(self, sock: Socket, record: tuple[Sequence[Any], int, Sequence[int]], sent: list[int] | None) -> None:
+    def _open_outbox(
+        self, sock: Socket, record: tuple[Sequence[Any], int, Sequence[int]], sent: list[int] | None
+    ) -> None:
         """The socket is full: begin an overflow file with *record*."""
         outbox = Outbox(with_lane=bool(record[2]))
         outbox.append(*record, None)
@@ -311,9 +323,15 @@ class Link:
         if outbox.far_lane is not None:
             numbers.append(outbox.far_lane.fileno())
         with roomier(sock):
-            self._send_described(sock, (_ANNOUNCEMENT,), numbers, sent)
+            self._send_described(sock, (ANNOUNCEMENT,), numbers, sent)
         outbox.far_lane = None
         self._outbox = outbox
+
+    def _leave_outbox(self) -> None:
+        """What is posted from now on goes through the socket, behind the overflow file."""
+        outbox, self._outbox = self._outbox, None
+        if outbox is not None:
+            outbox.seal()
 
     @property
     def buffered(self) -> int:
@@ -374,13 +392,13 @@ class Link:
         kind = buffer[0] if size else 0
         if not size:
             self._end = End("died", self.peer_pid)
-        elif kind == _CLOSE:
-            _, reason, pid = _PROCESS.unpack_from(buffer)
+        elif kind == CLOSE:
+            _, reason, pid = PROCESS.unpack_from(buffer)
             self._end = End(REASONS[min(reason, len(REASONS) - 1)], pid)
-        elif kind == _HEADS_UP:
+        elif kind == HEADS_UP:
             self._expected += 1
-        elif kind == _HELD:
-            self.peer_pid = _PROCESS.unpack_from(buffer)[2]
+        elif kind == HELD:
+            self.peer_pid = PROCESS.unpack_from(buffer)[2]
         else:
             return False
         self._set_pace()
@@ -425,13 +443,13 @@ class Link:
         except ConnectionResetError:
             return self._look(flags)
         kind = buffer[0] if self.length else 0
-        if kind == _ANNOUNCE:
+        if kind == ANNOUNCE:
             give_back(buffer)
             self._inbox = Inbox(descriptors)
             return None
         parcel = None
-        if kind == _CARRIER:
-            parcel = _unwrap(memoryview(bytes(buffer[: self.length])), descriptors)
+        if kind == CARRIER:
+            parcel = unwrap(memoryview(bytes(buffer[: self.length])), descriptors)
             self._expected = max(0, self._expected - 1)
         sock.recv_into(buffer, 0, NOW)
         if parcel is not None:
@@ -450,8 +468,8 @@ class Link:
         self.length = len(packet)
         if packet[0] == PICKLE:
             return packet
-        if packet[0] == _CARRIER:
-            return _unwrap(packet, descriptors or Descriptors())
+        if packet[0] == CARRIER:
+            return unwrap(packet, descriptors or Descriptors())
         if self._keep_house(packet, self.length):
             return self._take_slowly(NOW)
         return Parcel(memoryview(bytearray(packet)), Descriptors())
@@ -509,6 +527,11 @@ class Link:
         waits for some milliseconds, which is one system call for a message; only then comes ``poll``, which a
         transfer can wake.
         """
+        if self._hot:
+            with self.receiving:
+                taken = self.take()
+            if taken is not None:
+                return taken
         deadline = None if timeout is None else time.monotonic() + timeout
         brief = timeout is not None and timeout < 2 * _BLOCK
         while True:
@@ -543,9 +566,6 @@ class Link:
 
     def _take_soon(self) -> Taken | None:
         if self._hot:
-            taken = self.take()
-            if taken is not None:
-                return taken
             until = time.perf_counter() + _SPIN
             while time.perf_counter() < until:
                 os.sched_yield()
@@ -613,11 +633,11 @@ class Link:
             if sock is None:
                 return False
             self._release(_refuse_posts, _closed_here)
-            _farewell(sock, outbox, reason)
+            farewell(sock, outbox, reason)
         if at_exit:
             if self.receiving.acquire(blocking=False):
                 try:
-                    _bounce(_unread(sock))
+                    bounce(unread(sock))
                 finally:
                     self.receiving.release()
             return True
@@ -625,7 +645,7 @@ class Link:
         self._let_go(sock)
         with self.receiving:
             self._drop_received()
-            _bounce(_unread(sock))
+            bounce(unread(sock))
         return True
 
     def drop(self, error: Callable[[], Exception]) -> None:
@@ -643,13 +663,11 @@ class Link:
 
         The caller holds both locks. The link stays usable, so a handoff that fails needs no undoing.
         """
-        if self._outbox is not None:
-            self._outbox.seal()
-            self._outbox = None
+        self._leave_outbox()
         if self._inbox is not None:
             self._inbox.rewind()
             self._inbox = None
-        head = _HANDOFF.pack(self.channel, self.peer_pid or 0, self._expected, len(self._back))
+        head = HANDOFF.pack(self.channel, self.peer_pid or 0, self._expected, len(self._back))
         back = [len(packet).to_bytes(4, "little") + packet for packet in self._back]
         return b"".join((head, *back)), self._socket().fileno()
 
@@ -661,9 +679,9 @@ class Link:
     @staticmethod
     def unpack(sock: Socket, luggage: bytes | memoryview) -> Link:
         """The link that ``pack_up`` packed, at its new holder. Raises ``struct.error`` for what is none."""
-        channel, pid, expected, count = _HANDOFF.unpack_from(luggage)
+        channel, pid, expected, count = HANDOFF.unpack_from(luggage)
         link = Link(sock, channel, pid or None, expected)
-        at = _HANDOFF.size
+        at = HANDOFF.size
         for _ in range(count):
             size = int.from_bytes(luggage[at : at + 4], "little")
             link.put_back(bytearray(luggage[at + 4 : at + 4 + size]))
@@ -676,8 +694,7 @@ class Link:
             sock = self._sock
             if sock is None:
                 return
-            if self._outbox is not None:
-                self._outbox.seal()
+            self._leave_outbox()
             refuse = _refuse(error)
             self._release(refuse, error)
             self._drop_received()
@@ -710,7 +727,7 @@ class Link:
         if twin is not None and twin.open:
             twin.peer_pid = pid or twin.peer_pid
         elif tell and pid:
-            self.post(_PROCESS.pack(_HELD, 0, pid))
+            self.post(PROCESS.pack(HELD, 0, pid))
 
     def _release(self, post: Callable[..., Any], error: Callable[[], Exception]) -> None:
         self._sock = None
@@ -744,69 +761,3 @@ _refuse_posts = _refuse(lambda: BrokenPipeError(errno.EPIPE, "the channel is clo
 
 def _closed_here() -> PortClosedError:
     return PortClosedError("this port was closed by its own holder")
-
-
-def _record(
-    parts: Sequence[Any], size: int, numbers: Sequence[int], count: int, flags: int
-) -> tuple[Sequence[Any], int, Sequence[int]]:
-    """A packet as the overflow file takes it."""
-    if not count:
-        return parts, size, numbers
-    return (_CARRIER_HEAD.pack(_CARRIER, flags, count, size), *parts), _CARRIER_HEAD.size + size, numbers
-
-
-def _unwrap(packet: memoryview, descriptors: Descriptors) -> Parcel:
-    """A carrier's content. Raises ``OSError(EMFILE)`` with nothing lost; garbage comes out as an empty parcel."""
-    try:
-        _, flags, count, size = _CARRIER_HEAD.unpack_from(packet)
-        body = memoryview(bytearray(packet[_CARRIER_HEAD.size :]))
-        if flags & _BODY_IN_MEMORY:
-            memory = descriptors.claim_memory()
-            if not memory.sealed(SEAL_SHRINK) or memory.size < size:
-                raise ValueError("the body is shorter than announced, or could become so")
-            body = memoryview(memory.map(size) if size >= _MAP_FROM else memory.read(size, 0))
-        if flags & _IN_ENVELOPE:
-            descriptors = disclose(descriptors.claim_socket(), count)
-    except (struct.error, ValueError, IndexError):
-        return Parcel(memoryview(b""), descriptors)
-    return Parcel(body, descriptors)
-
-
-def _farewell(sock: Socket, outbox: Outbox | None, reason: str) -> None:
-    packet = _PROCESS.pack(_CLOSE, REASONS.index(reason), os.getpid())
-    try:
-        if outbox is not None:
-            outbox.seal()
-        try:
-            sock.send(packet, SEND_NOW)
-        except BlockingIOError:
-            with roomier(sock):
-                sock.send(packet, SEND_NOW)
-    except OSError:
-        pass  # the other end is gone, or reads nothing at all: end of file will have to do
-
-
-def _unread(sock: Socket) -> Iterator[Descriptors]:
-    """Take what is left in a socket that nobody will read; give the descriptors found."""
-    buffer = bytearray(1)
-    while True:
-        try:
-            size, descriptors = receive_with(sock, buffer, NOW)
-        except BlockingIOError:
-            return
-        except OSError:
-            continue  # a reset is told once; without room for descriptors the kernel closes them itself
-        if not size:
-            return
-        if len(descriptors):
-            yield descriptors
-
-
-def _bounce(found: Iterator[Descriptors]) -> None:
-    """Nobody will ever receive these: tell the other ends of the sockets among them, and of those queued in them."""
-    pending = list(found)
-    while pending:
-        for sock in pending.pop().sockets():
-            _farewell(sock, None, "undeliverable")
-            shut(sock)
-            pending.extend(_unread(sock))

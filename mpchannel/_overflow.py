@@ -19,8 +19,20 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final, final
 
-from ._kernel import NOW, PAGE, PEEK, SEAL_GROW, SEAL_SHRINK, Descriptors, Memory, Socket
-from ._kernel import hung_up, receive_with, send_with, socket_pair
+from ._kernel import (
+    NOW,
+    PAGE,
+    PEEK,
+    SEAL_GROW,
+    SEAL_SHRINK,
+    Descriptors,
+    Memory,
+    Socket,
+    hung_up,
+    receive_with,
+    send_with,
+    socket_pair,
+)
 
 _HEADER: Final = struct.Struct("<Q")
 _WITH_DESCRIPTORS: Final = 1

@@ -12,15 +12,15 @@ __all__ = ["get_context"]
 
 
 class ForkContext(multiprocessing.context.ForkContext):
-    Process = process.ForkProcess  # type: ignore[assignment]
+    Process = process.ForkProcess
 
 
 class SpawnContext(multiprocessing.context.SpawnContext):
-    Process = process.SpawnProcess  # type: ignore[assignment]
+    Process = process.SpawnProcess
 
 
 class ForkServerContext(multiprocessing.context.ForkServerContext):
-    Process = process.ForkServerProcess  # type: ignore[assignment]
+    Process = process.ForkServerProcess
 
 
 _contexts: dict[str, Any] = {"fork": ForkContext(), "spawn": SpawnContext(), "forkserver": ForkServerContext()}

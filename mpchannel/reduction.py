@@ -27,12 +27,12 @@ import threading
 import types
 import weakref
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, Final
 
 from . import _clone, _delivery, _kernel
+from ._clone import Departure
 from ._link import Link, open_links
-from .port import Departure, MessagePort
+from .port import MessagePort
 
 __all__ = ["given_ports"]
 
@@ -91,7 +91,7 @@ _watched_classes: dict[type, type] = {}
 
 
 def _watched_class(kind: type) -> type:
-    """*kind* with an eye on its ``pid``: the one attribute that every Popen gets when, and only when, it has started."""
+    """*kind* with an eye on ``pid``: the one attribute that every Popen gets when, and only when, it has started."""
 
     def get(popen: Any) -> Any:
         try:
@@ -123,27 +123,12 @@ def _reduce_port(port: AnyPort) -> Any:
         start.ports.append(port)
         return _arrive, (multiprocessing.reduction.DupFd(number), luggage)
     port._check_movable("the message")
-    with _Both(port):
+    with port._link.receiving, port._link.sending:
         entry = port._pack_up()
         # The resource sharer keeps a copy until somebody fetches it; if nobody does, it ends with this process.
         copy = multiprocessing.reduction.DupFd(entry.numbers[0])
         port._left(Departure("sent by multiprocessing's pickler"), None)
     return _arrive, (copy, entry.luggage)
-
-
-class _Both:
-    """Both locks of a port's link."""
-
-    def __init__(self, port: AnyPort) -> None:
-        self.link = port._link
-
-    def __enter__(self) -> None:
-        self.link.receiving.acquire()
-        self.link.sending.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self.link.sending.release()
-        self.link.receiving.release()
 
 
 def _process_being_pickled() -> Any:
@@ -206,20 +191,6 @@ def _referents(thing: Any) -> Iterator[Any]:
         yield from gc.get_referents(thing)
 
 
-class _Fork:
-    """What one fork needs between its hooks."""
-
-    given: list[AnyPort]
-    held: bool
-
-    def __init__(self) -> None:
-        self.given = []
-        self.held = False
-
-
-_fork: Final = threading.local()  # several threads may fork, each with its own
-
-
 def _forking_popen() -> tuple[Any, Any] | None:
     """(Popen object, process) if the fork under way is that of a multiprocessing process."""
     frame = sys._getframe(2)  # whoever called os.fork
@@ -228,7 +199,7 @@ def _forking_popen() -> tuple[Any, Any] | None:
     return None
 
 
-_LAUNCH: Final = multiprocessing.popen_fork.Popen._launch.__code__
+_LAUNCH: Final[types.CodeType] = vars(multiprocessing.popen_fork.Popen)["_launch"].__code__
 
 
 def _before_fork() -> None:
@@ -247,7 +218,7 @@ def _before_fork() -> None:
 
 def _after_fork_in_parent() -> None:
     _kernel.crossing.release()
-    _delivery.after_fork_in_parent()
+    _delivery.after_fork_in_parent(sys._getframe(1))
 
 
 def _after_fork_in_child() -> None:
@@ -277,7 +248,8 @@ def _sort_out(inherited: list[Link], given: list[AnyPort]) -> None:
 class _AtStart:
     """Told by multiprocessing that a child has begun."""
 
-    inherited: list[Link] = []
+    def __init__(self) -> None:
+        self.inherited: list[Link] = []
 
     def begin(self) -> None:
         inherited, self.inherited = self.inherited, []
@@ -288,6 +260,4 @@ class _AtStart:
 _at_start = _AtStart()
 multiprocessing.util.register_after_fork(_at_start, _AtStart.begin)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
-    )
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

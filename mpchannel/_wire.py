@@ -1,0 +1,119 @@
+"""Packets as they go through a socket, and what is done with whole ones.
+
+By the first byte:
+
+    0x80         a bare pickle: a small message, sent as it is
+    HEADS_UP     a packet with descriptors follows: look before you take, so that want of room loses nothing
+    CARRIER      (descriptors) a packet with descriptors, or one too large for the socket: then its body is in memory
+                 that comes along; more descriptors than one packet holds come in an envelope, a socket of their own
+    ANNOUNCE     (descriptors) an overflow file; it stays at the head of the queue until the file is read, so the
+                 socket stays readable and a travelling link needs nothing else
+    CLOSE        the other end says goodbye: reason and process. End of file without it: its holder died
+    HELD         the other end is now held by that process
+    others       packets that ``_clone`` made, whole
+
+House rule: nothing here has a state.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+from ._kernel import NOW, SEAL_SHRINK, SEND_NOW, Descriptors, Socket, disclose, receive_with, roomier, shut
+from ._overflow import Outbox
+
+PICKLE: Final = 0x80
+HEADS_UP, ANNOUNCE, CLOSE, HELD, CARRIER = 1, 2, 3, 4, 5
+HEADS_UP_PACKET: Final = bytes([HEADS_UP])
+ANNOUNCEMENT: Final = bytes([ANNOUNCE])
+PROCESS: Final = struct.Struct("<BBI")  # kind, reason (of CLOSE), pid
+CARRIER_HEAD: Final = struct.Struct("<BBIQ")  # kind, flags, descriptors, size of the body
+BODY_IN_MEMORY, IN_ENVELOPE = 1, 2
+HANDOFF: Final = struct.Struct("<12sIIH")  # channel, pid of the other side, heads-ups taken, packets put back
+
+REASONS: Final = ("closed", "collected", "exited", "died", "undeliverable")
+
+_MAP_FROM: Final = 1 << 20  # below, reading costs less than mapping and its page faults
+
+
+class End(NamedTuple):
+    """The last thing taken from a link: the other end is gone."""
+
+    reason: str
+    pid: int | None
+
+
+class Parcel(NamedTuple):
+    """A packet that is more than a bare pickle, or lies in memory of its own; with its descriptors."""
+
+    body: memoryview
+    descriptors: Descriptors
+
+
+def record(
+    parts: Sequence[Any], size: int, numbers: Sequence[int], count: int, flags: int
+) -> tuple[Sequence[Any], int, Sequence[int]]:
+    """A packet as the overflow file takes it."""
+    if not count:
+        return parts, size, numbers
+    return (CARRIER_HEAD.pack(CARRIER, flags, count, size), *parts), CARRIER_HEAD.size + size, numbers
+
+
+def unwrap(packet: memoryview, descriptors: Descriptors) -> Parcel:
+    """A carrier's content. Raises ``OSError(EMFILE)`` with nothing lost; garbage comes out as an empty parcel."""
+    try:
+        _, flags, count, size = CARRIER_HEAD.unpack_from(packet)
+        body = memoryview(bytearray(packet[CARRIER_HEAD.size :]))
+        if flags & BODY_IN_MEMORY:
+            memory = descriptors.claim_memory()
+            if not memory.sealed(SEAL_SHRINK) or memory.size < size:
+                raise ValueError("the body is shorter than announced, or could become so")
+            body = memoryview(memory.map(size) if size >= _MAP_FROM else memory.read(size, 0))
+        if flags & IN_ENVELOPE:
+            descriptors = disclose(descriptors.claim_socket(), count)
+    except (struct.error, ValueError, IndexError):
+        return Parcel(memoryview(b""), descriptors)
+    return Parcel(body, descriptors)
+
+
+def farewell(sock: Socket, outbox: Outbox | None, reason: str) -> None:
+    packet = PROCESS.pack(CLOSE, REASONS.index(reason), os.getpid())
+    try:
+        if outbox is not None:
+            outbox.seal()
+        try:
+            sock.send(packet, SEND_NOW)
+        except BlockingIOError:
+            with roomier(sock):
+                sock.send(packet, SEND_NOW)
+    except OSError:
+        pass  # the other end is gone, or reads nothing at all: end of file will have to do
+
+
+def unread(sock: Socket) -> Iterator[Descriptors]:
+    """Take what is left in a socket that nobody will read; give the descriptors found."""
+    buffer = bytearray(1)
+    while True:
+        try:
+            size, descriptors = receive_with(sock, buffer, NOW)
+        except BlockingIOError:
+            return
+        except OSError:
+            continue  # a reset is told once; without room for descriptors the kernel closes them itself
+        if not size:
+            return
+        if len(descriptors):
+            yield descriptors
+
+
+def bounce(found: Iterator[Descriptors]) -> None:
+    """Nobody will ever receive these: tell the other ends of the sockets among them, and of those queued in them."""
+    pending = list(found)
+    while pending:
+        for sock in pending.pop().sockets():
+            farewell(sock, None, "undeliverable")
+            shut(sock)
+            pending.extend(unread(sock))
