@@ -232,6 +232,9 @@ class _DeliveryThread:
 
     def forget_parent(self) -> None:
         """In a forked child: the thread is not here, and the sockets it waited on are the parent's."""
+        if self._epoll is not None and self._bell is not None:
+            self._epoll.close()
+            self._bell.close()
         self.__init__()
 
 

@@ -30,7 +30,7 @@ from typing import Any, Final, NoReturn, Self
 from ._clone import Departure, Entry, Transferable, loads, message_error, unpack
 from ._delivery import TURNS, Home, home, running_loop
 from ._kernel import Descriptors, exit_code
-from ._link import Link, Loan, Taken, give_back
+from ._link import Link, Loan, Taken, spare_buffers
 from ._wire import End, Parcel
 from .errors import ChannelError, DataCloneError, MessageError, PortClosedError
 from .events import CloseEvent, EventTarget, MessageErrorEvent, MessageEvent, _Listener
@@ -131,7 +131,7 @@ class Endpoint(EventTarget, Transferable):
         except BaseException as error:
             self._not_loaded(error, taken)
         if type(taken) is bytearray:
-            give_back(taken)
+            spare_buffers.append(taken)
         return message, ()
 
     def _not_loaded(self, error: BaseException, packet: bytearray | memoryview) -> NoReturn:

@@ -150,6 +150,13 @@ def adopt_socket(number: int) -> Socket:
     return _own(number)
 
 
+def renew(sock: Socket) -> Socket:
+    """The same descriptor in a new owner; *sock* is left without. (Frames of threads that a fork left behind may hold
+    references to it for ever.)
+    """
+    return _own(sock.detach())
+
+
 class Descriptors:
     """Descriptors that came with a packet and that nobody has claimed yet; closes what is left."""
 
@@ -411,11 +418,19 @@ class Memory:
             done += got
         return data
 
-    def map(self, size: int) -> mmap.mmap:
-        """The first *size* bytes as memory of this process, writable. Only safe once it cannot shrink."""
+    def map(self, size: int) -> mmap.mmap | bytearray:
+        """The first *size* bytes as memory of this process, writable. Only safe once it cannot shrink.
+
+        A copy of them, where a mapping needs a descriptor (up to Python 3.12) and there is none left.
+        """
         if sys.version_info >= (3, 13):
             return mmap.mmap(self._number, size, trackfd=False)
-        return mmap.mmap(self._number, size)  # holds a duplicate of the descriptor as long as it lives
+        try:
+            return mmap.mmap(self._number, size)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            return self.read(size, 0)
 
     @property
     def offset(self) -> int:

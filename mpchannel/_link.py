@@ -37,6 +37,7 @@ from ._kernel import (
     hung_up,
     queued,
     receive_with,
+    renew,
     require,
     roomier,
     send_limit,
@@ -70,7 +71,7 @@ from ._wire import (
     unread,
     unwrap,
 )
-from .errors import PortClosedError
+from .errors import DataCloneError, PortClosedError
 
 INLINE_MAX: Final = 160 * 1024
 """Largest packet sent through the socket itself (its usual limit is 212,960 bytes). Up to there a copy through the
@@ -84,15 +85,16 @@ _NO_ROOM: Final = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EMSGSIZE)
 
 GONE: Final = (BrokenPipeError, ConnectionResetError)
 
-_buffers: list[bytearray] = []  # for receiving; whoever takes a packet owns its buffer until it is handed back here
-give_back = _buffers.append
+spare_buffers: list[bytearray] = []
+"""For receiving. Whoever takes a bare pickle in a ``bytearray`` owns it until he appends it here again. (In this
+form, ``list.append`` is a call behind which CPython runs no signal handler.)"""
 _links: dict[int, weakref.ref[Link]] = {}  # every open link of this process, by id()
 _channel_prefix = os.urandom(8)
 _channel_numbers = itertools.count()
 
 
 Taken = bytearray | memoryview | Parcel | End
-"""What ``take`` gives: a bare pickle (a ``bytearray`` is to be handed back with ``give_back``), a parcel, the end."""
+"""What ``take`` gives: a bare pickle (a ``bytearray`` is one of ``spare_buffers``), a parcel, the end."""
 
 
 class Watcher(Protocol):
@@ -173,7 +175,7 @@ class Link:
         self._expected = expected  # heads-ups taken whose packet is still to come
         self._slow = bool(expected)  # take with care: something below is set
         self._inbox: Inbox | None = None
-        self._back: deque[bytearray | memoryview] = deque()
+        self._back: deque[bytearray | memoryview | Parcel] = deque()  # taken, and put back
         self._end: End | None = None
         self._outbox: Outbox | None = None
         self._owes = False  # a heads-up was sent whose packet is still to be sent
@@ -236,23 +238,16 @@ class Link:
                 if count >= MAX_DESCRIPTORS:
                     envelope = enclose(numbers)
                     numbers, flags = (envelope.fileno(),), IN_ENVELOPE
-                tries = _ROOM_TRIES
-                while True:
-                    if self._outbox is not None:
-                        if self._outbox.abandoned(sock):
-                            self._outbox = None
-                            return False
-                        if self._outbox.append(*record(parts, size, numbers, count, flags), sent):
-                            return True
-                        self._leave_outbox()
-                    if self._post_by_socket(sock, parts, size, numbers, count, flags, sent):
+                if self._outbox is not None:
+                    if self._outbox.abandoned(sock):
+                        self._outbox = None
+                        return False
+                    if self._outbox.append(*record(parts, size, numbers, count, flags), sent):
                         return True
-                    if tries:
-                        tries -= 1
-                        os.sched_yield()
-                        continue
+                    self._leave_outbox()
+                if not self._post_by_socket(sock, parts, size, numbers, count, flags, sent):
                     self._open_outbox(sock, record(parts, size, numbers, count, flags), sent)
-                    return True
+                return True
             except GONE:
                 return False
             except OSError as error:
@@ -276,28 +271,29 @@ class Link:
         flags: int,
         sent: list[int] | None,
     ) -> bool:
-        """Send a packet through the socket. ``False`` if there is no room."""
+        """Send a packet through the socket, waiting for room for an instant. ``False`` if there is none."""
         memory = None
-        try:
-            if size > INLINE_MAX:
-                if queued(sock) >= send_limit(sock):
-                    return False
-                memory = Memory.create()
-                memory.write(parts, 0)
-                memory.seal(SEAL_SHRINK)
-                parts, numbers, flags = (), (memory.fileno(), *numbers), flags | BODY_IN_MEMORY
-            elif not numbers:
-                send_with(sock, parts, ())
-                return True
-            self._send_described(sock, (CARRIER_HEAD.pack(CARRIER, flags, count, size), *parts), numbers, sent)
-        except OSError as error:
-            # Plain data must not use up the user's descriptors in flight: the overflow file takes it.
-            if error.errno in _NO_ROOM or (error.errno == errno.ETOOMANYREFS and not count):
-                return False
-            raise
-        if memory is not None:
-            self._bodies += size
-        return True
+        for _ in range(_ROOM_TRIES):
+            try:
+                if size > INLINE_MAX and memory is None and queued(sock) < send_limit(sock):
+                    memory = Memory.create()
+                    memory.write(parts, 0)
+                    memory.seal(SEAL_SHRINK)
+                    parts, numbers, flags = (), (memory.fileno(), *numbers), flags | BODY_IN_MEMORY
+                if numbers:
+                    self._send_described(sock, (CARRIER_HEAD.pack(CARRIER, flags, count, size), *parts), numbers, sent)
+                    self._bodies += size if memory is not None else 0
+                    return True
+                if size <= INLINE_MAX:
+                    send_with(sock, parts, ())
+                    return True
+            except OSError as error:
+                if error.errno == errno.ETOOMANYREFS and not count:
+                    return False  # plain data must not use up the user's descriptors in flight
+                if error.errno not in _NO_ROOM:
+                    raise
+            os.sched_yield()
+        return False
 
     def _send_described(
         self, sock: Socket, parts: Sequence[Any], numbers: Sequence[int], sent: list[int] | None
@@ -313,11 +309,11 @@ class Link:
             raise
 
     def _open_outbox(
-        self, sock: Socket, record: tuple[Sequence[Any], int, Sequence[int]], sent: list[int] | None
+        self, sock: Socket, first: tuple[Sequence[Any], int, Sequence[int]], sent: list[int] | None
     ) -> None:
-        """The socket is full: begin an overflow file with *record*."""
-        outbox = Outbox(with_lane=bool(record[2]))
-        outbox.append(*record, None)
+        """The socket is full: begin an overflow file with the record *first*."""
+        outbox = Outbox(with_lane=bool(first[2]))
+        outbox.append(*first, None)
         outbox.memory.seal(SEAL_SHRINK)
         numbers = [outbox.memory.fileno()]
         if outbox.far_lane is not None:
@@ -350,42 +346,44 @@ class Link:
     def take(self, flags: int = NOW) -> Taken | None:
         """The next packet or the end; ``None`` if nothing is there. With ``flags=0`` it waits a few milliseconds.
 
-        An exception of a signal handler loses nothing: what was received is put back.
+        An exception of a signal handler loses nothing, wherever it comes up: whoever holds what was taken puts it
+        back. (CPython runs handlers after calls of C functions and at the start of Python ones; the code around a
+        packet in hand is written with that in mind.)
         """
         if self._slow:
             return self._take_slowly(flags)
+        return self._take_plainly(flags)
+
+    def _take_plainly(self, flags: int) -> Taken | None:
         try:
-            buffer = _buffers.pop()
+            buffer = spare_buffers.pop()
         except IndexError:
             buffer = bytearray(_BUFFER)
         buffer[0] = 0
         try:
             self.length = self._recv_into(buffer, 0, flags)
         except BlockingIOError:
-            give_back(buffer)
+            spare_buffers.append(buffer)
             return None
         except ConnectionResetError:
             # The other end closed with messages of ours unread. What it had sent before is still in the queue.
-            return self.take(flags)
+            return self._take_plainly(flags)
         except BaseException:
             if buffer[0]:
                 self.put_back(buffer)
             raise
         if buffer[0] == PICKLE:
             return buffer
-        return self._sort(buffer, flags)
-
-    def put_back(self, packet: bytearray | memoryview) -> None:
-        """Undo the taking of a bare pickle."""
-        self._back.append(packet)
-        self._slow = True
-
-    def _sort(self, buffer: bytearray, flags: int) -> Taken | None:
-        """A packet that is no bare pickle: keep house, or make it a parcel."""
         if self._keep_house(buffer, self.length):
-            give_back(buffer)
+            spare_buffers.append(buffer)
             return self._end or self.take(flags)
-        return Parcel(memoryview(buffer[: self.length]), Descriptors())
+        return Parcel(memoryview(buffer)[: self.length], Descriptors())
+
+    def put_back(self, taken: Taken | None) -> None:
+        """Undo a take."""
+        if taken is not None and not isinstance(taken, End):
+            self._back.append(taken)
+            self._slow = True
 
     def _keep_house(self, buffer: bytearray | memoryview, size: int) -> bool:
         """Note what a packet without a message says. ``False`` if it has a message."""
@@ -411,9 +409,9 @@ class Link:
         """``take`` while something is put back, announced, over or lent."""
         while True:
             if self._back:
-                packet = self._back.popleft()
-                self.length = len(packet)
-                self._set_pace()
+                packet = self._back[0]
+                self.length = len(packet.body if isinstance(packet, Parcel) else packet)
+                del self._back[0]
                 return packet
             if self.lent is not None and self.lent.pending:
                 return None
@@ -434,45 +432,57 @@ class Link:
     def _look(self, flags: int) -> Taken | None:
         """Take the next packet off the socket only when its descriptors are safe in hand."""
         sock = self._socket()
-        buffer = _buffers.pop() if _buffers else bytearray(_BUFFER)
+        buffer = bytearray(_BUFFER)
         try:
             self.length, descriptors = receive_with(sock, buffer, flags | PEEK)
         except BlockingIOError:
-            give_back(buffer)
             return None
         except ConnectionResetError:
             return self._look(flags)
         kind = buffer[0] if self.length else 0
         if kind == ANNOUNCE:
-            give_back(buffer)
-            self._inbox = Inbox(descriptors)
-            return None
-        parcel = None
-        if kind == CARRIER:
-            parcel = unwrap(memoryview(bytes(buffer[: self.length])), descriptors)
+            try:
+                self._inbox = Inbox(descriptors)
+                return None
+            except (OSError, IndexError):
+                parcel = Parcel(memoryview(b""), descriptors)  # no overflow file at all: it will not load
+        elif kind == CARRIER:
+            parcel = unwrap(memoryview(buffer)[: self.length], descriptors)
+        else:
+            return self._take_plainly(NOW)
+        taken_off: list[int] = []
+        try:
+            taken_off.extend(map(sock.recv_into, (bytearray(1),), (0,), (NOW,)))
             self._expected = max(0, self._expected - 1)
-        sock.recv_into(buffer, 0, NOW)
-        if parcel is not None:
-            give_back(buffer)
-            self._set_pace()
-            return parcel
-        return buffer if kind == PICKLE else self._sort(buffer, flags)
+        except BaseException:
+            if taken_off:
+                self.put_back(parcel)
+            raise
+        return parcel
 
     def _take_overflowed(self, inbox: Inbox) -> Taken | None:
         """The next packet of the overflow file; ``None`` if there is none, and then maybe no file either."""
-        found = inbox.next()
-        self._leave_if_exhausted(inbox, found is None)
+        found = inbox.first()
         if found is None:
+            self._leave_if_exhausted(inbox, found_nothing=True)
             return None
         packet, descriptors = found
-        self.length = len(packet)
-        if packet[0] == PICKLE:
-            return packet
+        taken: Taken | None = packet
         if packet[0] == CARRIER:
-            return unwrap(packet, descriptors or Descriptors())
-        if self._keep_house(packet, self.length):
-            return self._take_slowly(NOW)
-        return Parcel(memoryview(bytearray(packet)), Descriptors())
+            taken = unwrap(packet, descriptors)
+        elif packet[0] != PICKLE:
+            taken = (
+                None if self._keep_house(packet, len(packet)) else Parcel(memoryview(bytearray(packet)), descriptors)
+            )
+        try:
+            inbox.remove_first()
+            self.length = len(packet)
+            self._leave_if_exhausted(inbox, found_nothing=False)
+        except BaseException:
+            if not inbox.begins_with(packet):
+                self.put_back(taken)
+            raise
+        return self._take_slowly(NOW) if taken is None else taken
 
     def _leave_if_exhausted(self, inbox: Inbox, found_nothing: bool) -> None:
         # At once when the last packet is taken, so that "readable" means that a message is there.
@@ -527,29 +537,39 @@ class Link:
         waits for some milliseconds, which is one system call for a message; only then comes ``poll``, which a
         transfer can wake.
         """
-        if self._hot:
-            with self.receiving:
-                taken = self.take()
-            if taken is not None:
-                return taken
-        deadline = None if timeout is None else time.monotonic() + timeout
-        brief = timeout is not None and timeout < 2 * _BLOCK
-        while True:
-            with self.receiving:
-                taken = self.take() if brief else self._take_soon()
-            if taken is not None:
-                return taken
-            self.wait(deadline)
+        taken = None
+        try:
+            if self._hot:
+                with self.receiving:
+                    taken = self.take()
+                if taken is not None:
+                    return taken
+            deadline = None if timeout is None else time.monotonic() + timeout
+            brief = timeout is not None and timeout < 2 * _BLOCK
+            while True:
+                with self.receiving:
+                    taken = self.take() if brief else self._take_soon()
+                if taken is not None:
+                    return taken
+                self.wait(deadline)
+        except BaseException:
+            self.put_back(taken)
+            raise
 
     def next_with_length(self) -> tuple[Taken, int]:
         """``next``, and the packet's length. (``length`` alone may already be that of another thread's packet.)"""
-        while True:
-            with self.receiving:
-                taken = self._take_soon()
-                length = self.length
-            if taken is not None:
-                return taken, length
-            self.wait(None)
+        taken = None
+        try:
+            while True:
+                with self.receiving:
+                    taken = self._take_soon()
+                    length = self.length
+                if taken is not None:
+                    return taken, length
+                self.wait(None)
+        except BaseException:
+            self.put_back(taken)
+            raise
 
     def watched_by(self, watcher: Watcher) -> Socket | None:
         """The socket for *watcher* to wait on; it is told to ``forget`` it at its release. ``None``: it is released."""
@@ -576,8 +596,13 @@ class Link:
             set_receive_timeout(self._socket(), _BLOCK)
             self._timed = True
         began = time.perf_counter()
-        taken = self.take(0)
-        self._hot = taken is not None and time.perf_counter() - began < _QUICK
+        taken = None
+        try:
+            taken = self.take(0)
+            self._hot = taken is not None and time.perf_counter() - began < _QUICK
+        except BaseException:
+            self.put_back(taken)
+            raise
         return taken
 
     def wait(self, deadline: float | None, *, asleep_while: Callable[[], bool] | None = None) -> None:
@@ -663,12 +688,18 @@ class Link:
 
         The caller holds both locks. The link stays usable, so a handoff that fails needs no undoing.
         """
+        back = []
+        for packet in self._back:
+            if isinstance(packet, Parcel):
+                raise DataCloneError(
+                    "a message with ports was about to be received here when a signal handler raised; receive it first"
+                )
+            back.append(len(packet).to_bytes(4, "little") + packet)
         self._leave_outbox()
         if self._inbox is not None:
             self._inbox.rewind()
             self._inbox = None
         head = HANDOFF.pack(self.channel, self.peer_pid or 0, self._expected, len(self._back))
-        back = [len(packet).to_bytes(4, "little") + packet for packet in self._back]
         return b"".join((head, *back)), self._socket().fileno()
 
     def lend(self, loan: Loan | None) -> None:
@@ -704,16 +735,21 @@ class Link:
         """In a forked child that was not given this link: close the copy, and nothing else."""
         # Threads of the parent may have held the locks at the fork; here they would never be released.
         self.receiving, self.sending = threading.RLock(), threading.RLock()
-        if self._sock is not None:
+        sock, bells, outbox, inbox = self._sock, self._bells, self._outbox, self._inbox
+        if sock is not None:
             self._release(_refuse(error), error)
             self._drop_received()
+            # By hand, for once: frames of the parent's other threads may refer to these, and will never end here.
+            sock.close()
+        for each in (*bells, outbox, inbox):
+            if each is not None:
+                each.close()
         self._bells, self.watchers = [], ()
         _links.pop(id(self), None)
 
     def copy_after_fork(self) -> Link:
         """In a forked child that was given this link: the same, with locks and waiters of its own."""
-        sock = self._socket()
-        link = Link(sock, self.channel, self.peer_pid, self._expected)
+        link = Link(renew(self._socket()), self.channel, self.peer_pid, self._expected)
         for packet in self._back:
             link.put_back(packet)
         self.stay_behind(_closed_here)

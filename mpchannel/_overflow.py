@@ -111,6 +111,13 @@ class Outbox:
         self._appends += 1
         return self._appends % _PATIENCE == 0 and hung_up(sock)
 
+    def close(self) -> None:
+        """Let go at once (in a forked child; elsewhere it closes with its last reference)."""
+        self.memory.close()
+        for lane in (self._lane, self.far_lane):
+            if lane is not None:
+                lane.close()
+
     @property
     def sealed(self) -> bool:
         return self.memory.sealed(SEAL_GROW)
@@ -137,16 +144,33 @@ class Inbox:
         # Records read and not yet taken: (position, packet, has descriptors).
         self._ahead: deque[tuple[int, memoryview, bool]] = deque()
 
-    def next(self) -> tuple[memoryview, Descriptors | None] | None:
-        """The next packet, with its descriptors if it has any; ``None`` if no whole record is there."""
+    def first(self) -> tuple[memoryview, Descriptors] | None:
+        """The next packet with (copies of) its descriptors, left in its place; ``None`` if no whole record is there.
+
+        Raises ``OSError(EMFILE)`` if this process has no room for the descriptors.
+        """
         if not self._ahead:
             self._read()
             if not self._ahead:
                 return None
-        if self._ahead[0][2]:
-            descriptors = self._aside(self._ahead[0][0])  # may raise; then the record stays
-            return self._ahead.popleft()[1], descriptors
-        return self._ahead.popleft()[1], None
+        position, packet, described = self._ahead[0]
+        return packet, self._aside(position) if described else Descriptors()
+
+    def remove_first(self) -> None:
+        """Take away what ``first`` gave."""
+        described = self._ahead[0][2]
+        del self._ahead[0]
+        if described and self._lane is not None:
+            self._lane.recv_into(bytearray(8), 8, NOW)
+
+    def begins_with(self, packet: memoryview) -> bool:
+        return bool(self._ahead) and self._ahead[0][1] is packet
+
+    def close(self) -> None:
+        """Let go at once (in a forked child; elsewhere it closes with its last reference)."""
+        self._memory.close()
+        if self._lane is not None:
+            self._lane.close()
 
     def _read(self) -> None:
         if self._parsed - self._given_back >= _GIVE_BACK:
@@ -176,18 +200,16 @@ class Inbox:
         mark = bytearray(8)
         while self._lane is not None:
             try:
-                # Looked at before it is taken: without room for the descriptors nothing is lost.
                 _, descriptors = receive_with(self._lane, mark, NOW | PEEK)
             except BlockingIOError:
                 break
             found = _HEADER.unpack(mark)[0]
-            if found > position:
-                descriptors.close()
-                break
-            self._lane.recv_into(mark, 8, NOW)
             if found == position:
                 return descriptors
-            descriptors.close()  # left by a post that was interrupted before its record was written
+            descriptors.close()
+            if found > position:
+                break
+            self._lane.recv_into(mark, 8, NOW)  # left by a post that was interrupted before its record was written
         return Descriptors()
 
     @property

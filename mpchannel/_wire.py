@@ -71,7 +71,7 @@ def unwrap(packet: memoryview, descriptors: Descriptors) -> Parcel:
             memory = descriptors.claim_memory()
             if not memory.sealed(SEAL_SHRINK) or memory.size < size:
                 raise ValueError("the body is shorter than announced, or could become so")
-            body = memoryview(memory.map(size) if size >= _MAP_FROM else memory.read(size, 0))
+            body = memoryview(memory.read(size, 0) if size < _MAP_FROM else memory.map(size))
         if flags & IN_ENVELOPE:
             descriptors = disclose(descriptors.claim_socket(), count)
     except (struct.error, ValueError, IndexError):

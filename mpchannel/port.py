@@ -27,7 +27,7 @@ from typing import Any, Final, Generic, Self, TypeVar, cast
 from ._clone import Departure, Moving, Pickled, Transferable, assemble, loads, pack, pack_bytes, register, unpack_bytes
 from ._delivery import TURNS, loop_home
 from ._endpoint import STALL_PAUSE, Endpoint, State, closed_error
-from ._link import Link, Taken, give_back
+from ._link import Link, Taken, spare_buffers
 from ._wire import End, Parcel
 from .errors import BufferFull, DataCloneError, PortClosedError
 from .events import CloseEvent, MessageErrorEvent, MessageEvent
@@ -213,7 +213,8 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
 
         Raises ``TimeoutError`` after *timeout* seconds; ``PortClosedError`` (an ``EOFError``) once the channel is
         closed and all was taken; ``PortDetachedError`` if the port is or gets moved away; ``MessageError`` for a
-        message that cannot be loaded (the port stays usable). An exception of a signal handler loses no message.
+        message that cannot be loaded (the port stays usable). An exception of a signal handler (Ctrl-C) loses no
+        message, unless it comes up in the very loading of one that carries ports: these are then closed.
         Works on a port that was never started.
         """
         message, ports = self._open(self._link.next(timeout))
@@ -227,7 +228,7 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
                 message = loads(taken)
             except BaseException as error:
                 self._not_loaded(error, taken)
-            give_back(taken)
+            spare_buffers.append(taken)
             return cast(RecvT, message)
         return cast(RecvT, self._open(taken)[0])
 
@@ -378,7 +379,7 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
             raise closed_error(taken)
         data = bytes(memoryview(taken)[:length])
         if type(taken) is bytearray:
-            give_back(taken)
+            spare_buffers.append(taken)
         return data
 
     @property

@@ -203,17 +203,22 @@ _LAUNCH: Final[types.CodeType] = vars(multiprocessing.popen_fork.Popen)["_launch
 
 
 def _before_fork() -> None:
-    _delivery.before_fork()
-    starting = _forking_popen()
-    if starting is not None and open_links():
-        popen, process = starting
-        ports = [port for port in given_ports(process) if not port.closed and not port.detached]
-        start = _start_of(popen, process) if ports else None
-        for port in ports:
-            assert start is not None
+    try:
+        _delivery.before_fork()
+        starting = _forking_popen()
+        if starting is not None and open_links():
+            _lend_given(*starting)
+    finally:
+        _kernel.crossing.acquire()
+
+
+def _lend_given(popen: Any, process: Any) -> None:
+    start = None
+    for port in given_ports(process):
+        if not port.closed and not port.detached:
+            start = start or _start_of(popen, process)
             port._lend(start)
             start.ports.append(port)
-    _kernel.crossing.acquire()
 
 
 def _after_fork_in_parent() -> None:

@@ -1,0 +1,126 @@
+"""What every test has: a guard that nothing is left behind, and the start methods.
+
+Functions that run in child processes are in ``children``, which imports nothing but the package: a spawned child
+imports the module of its target, and should not import pytest for that.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
+import os
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import mpchannel
+
+START_METHODS = ("fork", "spawn", "forkserver")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "row(*ids): the rows of the behaviour tables that a test stands for")
+    config.addinivalue_line("markers", "leaves(why): uses what stays until the process ends")
+
+
+@pytest.fixture(params=START_METHODS)
+def start_method(request: pytest.FixtureRequest) -> str:
+    """Each start method in turn."""
+    return str(request.param)
+
+
+@pytest.fixture
+def context(start_method: str) -> Any:
+    """mpchannel's context of each start method: ``context.Process``."""
+    return mpchannel.get_context(start_method)
+
+
+@pytest.fixture
+def channel() -> Iterator[tuple[mpchannel.MessagePort[Any, Any], mpchannel.MessagePort[Any, Any]]]:
+    """Two connected ports; closed afterwards if they are still here."""
+    port1, port2 = mpchannel.MessageChannel()
+    yield port1, port2
+    port1.close()
+    port2.close()
+
+
+@pytest.fixture(params=(False, True), ids=("forward", "backward"))
+def ends(request: pytest.FixtureRequest, channel: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The two ends of a channel, in both directions: what holds for one must hold for the other."""
+    return channel[::-1] if request.param else channel
+
+
+# The guard
+
+
+def _settled_helpers() -> None:
+    """Start what lives as long as the process, so that it is part of every baseline."""
+    multiprocessing.resource_tracker.ensure_running()
+    multiprocessing.forkserver.ensure_running()
+    done = threading.Event()
+    port1, port2 = mpchannel.MessageChannel()
+    port2.onclose = lambda event: done.set()
+    port1.close()
+    assert done.wait(10)
+
+
+def _descriptors() -> dict[int, str]:
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue  # the one that lists
+    return found
+
+
+def _children() -> set[int]:
+    children = set()
+    for task in os.listdir("/proc/self/task"):
+        try:
+            with open(f"/proc/self/task/{task}/children") as file:
+                children |= {int(word) for word in file.read().split()}
+        except OSError:
+            continue  # that thread has ended
+    return children
+
+
+def _belongings() -> dict[str, set[Any]]:
+    helpers = ("QueueFeederThread",)
+    return {
+        "descriptors": set(_descriptors().items()),
+        "threads": {each.name for each in threading.enumerate() if each.name not in helpers},
+        "children": _children(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Descriptors (anonymous memory among them), threads and child processes are the same after each test as before.
+
+    ``@pytest.mark.leaves("why")`` is for tests of multiprocessing's resource sharer, whose thread and listener stay.
+    """
+    if "leaves" in request.keywords:
+        yield
+        return
+    _settled_helpers()
+    gc.collect()
+    before = _belongings()
+    yield
+    deadline = time.monotonic() + 5
+    left: dict[str, set[Any]] = {}
+    while True:
+        gc.collect()
+        multiprocessing.active_children()  # reaps
+        after = _belongings()
+        left = {kind: after[kind] - before[kind] for kind in after if after[kind] - before[kind]}
+        if not left:
+            return
+        if time.monotonic() > deadline:
+            pytest.fail(f"left behind: {left}")
+        time.sleep(0.01)
