@@ -541,7 +541,7 @@ class Link:
         try:
             if self._hot:
                 with self.receiving:
-                    taken = self.take()
+                    taken = self._take_slowly(NOW) if self._slow else self._take_plainly(NOW)
                 if taken is not None:
                     return taken
             deadline = None if timeout is None else time.monotonic() + timeout
@@ -662,7 +662,7 @@ class Link:
         if at_exit:
             if self.receiving.acquire(blocking=False):
                 try:
-                    bounce(unread(sock))
+                    bounce(unread(sock, self._expected > 0))
                 finally:
                     self.receiving.release()
             return True
@@ -670,7 +670,7 @@ class Link:
         self._let_go(sock)
         with self.receiving:
             self._drop_received()
-            bounce(unread(sock))
+            bounce(unread(sock, self._expected > 0))
         return True
 
     def drop(self, error: Callable[[], Exception]) -> None:

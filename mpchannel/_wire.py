@@ -93,20 +93,26 @@ def farewell(sock: Socket, outbox: Outbox | None, reason: str) -> None:
         pass  # the other end is gone, or reads nothing at all: end of file will have to do
 
 
-def unread(sock: Socket) -> Iterator[Descriptors]:
-    """Take what is left in a socket that nobody will read; give the descriptors found."""
+def unread(sock: Socket, described: bool) -> Iterator[Descriptors]:
+    """Take what is left in a socket that nobody will read; give the descriptors found. *described*: look for them even
+    before the next heads-up.
+    """
     buffer = bytearray(1)
     while True:
         try:
-            size, descriptors = receive_with(sock, buffer, NOW)
+            if described:
+                size, descriptors = receive_with(sock, buffer, NOW)
+                if len(descriptors):
+                    yield descriptors
+            else:
+                size = sock.recv_into(buffer, 1, NOW)
+                described = buffer[0] == HEADS_UP
         except BlockingIOError:
             return
         except OSError:
             continue  # a reset is told once; without room for descriptors the kernel closes them itself
         if not size:
             return
-        if len(descriptors):
-            yield descriptors
 
 
 def bounce(found: Iterator[Descriptors]) -> None:
@@ -116,4 +122,4 @@ def bounce(found: Iterator[Descriptors]) -> None:
         for sock in pending.pop().sockets():
             farewell(sock, None, "undeliverable")
             shut(sock)
-            pending.extend(unread(sock))
+            pending.extend(unread(sock, described=True))
