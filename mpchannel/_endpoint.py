@@ -401,14 +401,15 @@ class Endpoint(EventTarget, Transferable):
     def __repr__(self) -> str:
         link = self._link
         number = int.from_bytes(link.channel[8:], "little")
-        about = [f"{link.channel[:2].hex()}-{number}", self._state.value]
+        about = [f"{link.channel[:2].hex()}-{number}/{link.side}", self._state.value]
         if self._departure is not None:
             about[1:] = [str(self._departure)]
         elif self._state is State.OPEN:
             if self._enabled:
                 about.append("started")
             if link.peer_pid:
-                about.append(f"other end in process {link.peer_pid}")
+                here = link.peer_pid == os.getpid()
+                about.append("other end in this process" if here else f"other end in process {link.peer_pid}")
         elif self._end is not None:
             about.append(f"the other end {_WORDS[self._end.reason]}")
         return f"<{type(self).__name__} {', '.join(about)}>"

@@ -118,7 +118,7 @@ def open_pair() -> tuple[Link, Link]:
     one, two = socket_pair()
     channel = _channel_prefix + next(_channel_numbers).to_bytes(4, "little")
     pid = os.getpid()
-    first, second = Link(one, channel, pid), Link(two, channel, pid)
+    first, second = Link(one, channel, 1, pid), Link(two, channel, 2, pid)
     first.twin, second.twin = weakref.ref(second), weakref.ref(first)
     return first, second
 
@@ -155,17 +155,19 @@ class Link:
         "peer_pid",
         "receiving",
         "sending",
+        "side",
         "twin",
         "watchers",
     )
 
-    def __init__(self, sock: Socket, channel: bytes, peer_pid: int | None, expected: int = 0) -> None:
+    def __init__(self, sock: Socket, channel: bytes, side: int, peer_pid: int | None, expected: int = 0) -> None:
         self.receiving = threading.RLock()
         self.sending = threading.RLock()
         self._sock: Socket | None = sock
         self._send: Callable[..., Any] = sock.send
         self._recv_into: Callable[..., int] = sock.recv_into
         self.channel = channel  # 12 bytes, the same at both ends and nowhere else
+        self.side = side  # 1 or 2: which of the two
         self.peer_pid = peer_pid  # last process known to hold the other end
         self.length = 0  # bytes of the packet taken last
         self.lent: Loan | None = None
@@ -699,7 +701,7 @@ class Link:
         if self._inbox is not None:
             self._inbox.rewind()
             self._inbox = None
-        head = HANDOFF.pack(self.channel, self.peer_pid or 0, self._expected, len(self._back))
+        head = HANDOFF.pack(self.channel, self.side, self.peer_pid or 0, self._expected, len(self._back))
         return b"".join((head, *back)), self._socket().fileno()
 
     def lend(self, loan: Loan | None) -> None:
@@ -710,8 +712,8 @@ class Link:
     @staticmethod
     def unpack(sock: Socket, luggage: bytes | memoryview) -> Link:
         """The link that ``pack_up`` packed, at its new holder. Raises ``struct.error`` for what is none."""
-        channel, pid, expected, count = HANDOFF.unpack_from(luggage)
-        link = Link(sock, channel, pid or None, expected)
+        channel, side, pid, expected, count = HANDOFF.unpack_from(luggage)
+        link = Link(sock, channel, side, pid or None, expected)
         at = HANDOFF.size
         for _ in range(count):
             size = int.from_bytes(luggage[at : at + 4], "little")
@@ -749,7 +751,7 @@ class Link:
 
     def copy_after_fork(self) -> Link:
         """In a forked child that was given this link: the same, with locks and waiters of its own."""
-        link = Link(renew(self._socket()), self.channel, self.peer_pid, self._expected)
+        link = Link(renew(self._socket()), self.channel, self.side, self.peer_pid, self._expected)
         for packet in self._back:
             link.put_back(packet)
         self.stay_behind(_closed_here)

@@ -32,7 +32,7 @@ ANNOUNCEMENT: Final = bytes([ANNOUNCE])
 PROCESS: Final = struct.Struct("<BBI")  # kind, reason (of CLOSE), pid
 CARRIER_HEAD: Final = struct.Struct("<BBIQ")  # kind, flags, descriptors, size of the body
 BODY_IN_MEMORY, IN_ENVELOPE = 1, 2
-HANDOFF: Final = struct.Struct("<12sIIH")  # channel, pid of the other side, heads-ups taken, packets put back
+HANDOFF: Final = struct.Struct("<12sBIIH")  # channel, side, pid of the other side, heads-ups taken, packets put back
 
 REASONS: Final = ("closed", "collected", "exited", "died", "undeliverable")
 

@@ -24,7 +24,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("process",),
     ("context",),
     ("__init__",),
-    ("bench", "demo"),
+    ("demo",),
+    ("bench",),
     ("__main__",),
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}

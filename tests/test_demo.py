@@ -1,0 +1,267 @@
+"""``python -m mpchannel demo`` as somebody who tries it: what it prints is true, and it leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from mpchannel.demo.search import Found, Progress, search, text_files
+
+COMMAND = (sys.executable, "-m", "mpchannel", "demo")
+LINES = 60  # of each of the FILES
+FILES = 12
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """FILES text files in two folders. Every third line holds "needle", every one in the first file "rare" as well.
+
+    Beside them is what is not searched: a binary file, a hidden folder and somebody else's packages.
+    """
+    root = tmp_path / "searched"
+    (root / "sub").mkdir(parents=True)
+    for number in range(FILES):
+        words = "needle rare" if number == 0 else "needle"
+        lines = [f"{words} {line}" if line % 3 == 0 else f"hay {line} \u00e9" for line in range(LINES)]
+        (root / ("sub" if number % 2 else ".") / f"{number}.txt").write_text("\n".join(lines) + "\n", "utf-8")
+    (root / "binary").write_bytes(b"needle\n\0needle\n")
+    for name in (".hidden", "site-packages"):
+        (root / name).mkdir()
+        (root / name / "left_out.txt").write_text("needle\n")
+    return root
+
+
+NEEDLES = FILES * LINES // 3
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """An empty folder to run in."""
+    (tmp_path / "empty").mkdir()
+    return tmp_path / "empty"
+
+
+def demo(elsewhere: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        cwd=elsewhere,
+        env={**os.environ, "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+def rows(output: str) -> dict[str, list[str]]:
+    """The lines of the tables by their first cell."""
+    cells = [re.split(r" {2,}", line.rstrip()) for line in output.splitlines()]
+    return {first: others for first, *others in cells}
+
+
+def test_search_tells_file_line_and_text_as_it_goes(tmp_path: Path) -> None:
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    Path(one).write_bytes(b"no\r\nneedle \xff\r\n\n")
+    Path(two).write_bytes(b"the needle")
+    assert list(search("^needle|e$", [one, str(tmp_path / "missing"), two])) == [
+        Found(one, 2, "needle \ufffd"),
+        Progress(1, 3, 15),
+        Found(two, 1, "the needle"),
+        Progress(2, 4, 25),
+    ]
+    assert list(text_files(str(tmp_path))) == [one, two]
+
+
+def test_channel_tells_in_ten_lines_what_happened(elsewhere: Path) -> None:
+    ran = demo(elsewhere, "channel")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    lines = ran.stdout.splitlines()
+    assert len(lines) == 10
+    assert lines[6].endswith("port1.recv() returned {'result': 42}")
+    assert "reason 'closed'" in lines[9]
+
+
+def test_worker_prints_the_true_figures(elsewhere: Path, folder: Path, start_method: str) -> None:
+    size = sum(path.stat().st_size for path in folder.rglob("*.txt") if path.name != "left_out.txt")
+    ran = demo(
+        elsewhere,
+        *("worker", "--path", str(folder), "--start-method", start_method),
+        *("--pattern", "needle", "--pattern", "rare", "--pattern", "\u00e9$"),
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    table = rows(ran.stdout)
+    lines = FILES * LINES
+    for pattern, matches in (("needle", NEEDLES), ("rare", LINES // 3), ("\u00e9$", lines - NEEDLES)):
+        files, read, found, megabytes, _, latency, messages = table[pattern]
+        assert (files, read, found) == (str(FILES), str(lines), str(matches))
+        assert messages == str(matches + FILES)  # one of progress for each file
+        assert megabytes == f"{size / 1e6:.1f}"
+        assert float(latency.removesuffix(" ms")) > 0
+    assert table["total"][:3] == [str(3 * FILES), f"{3 * lines:,}", str(LINES // 3 + lines)]
+
+
+def test_worker_tells_who_did_what_and_why_it_closed(elsewhere: Path, folder: Path) -> None:
+    ran = demo(elsewhere, "worker", "--path", str(folder), "--pattern", "needle")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    main, app, worker = (
+        re.search(rf"^{name} +process (\d+)", ran.stdout, re.MULTILINE) for name in ("main", "app", "worker")
+    )
+    assert main
+    assert app
+    assert worker
+    assert len({main[1], app[1], worker[1]}) == 3
+    assert "made the channel, and holds 0 of its 2 ends now" in ran.stdout
+    table = rows(ran.stdout)
+    assert table["port for the reply to needle"] == ["closed", worker[1]]
+    assert table["main's port to the app"] == ["exited", app[1]]
+    assert "exit codes: app 0, worker 0" in ran.stdout
+
+
+def test_without_a_name_it_is_worker(elsewhere: Path, folder: Path) -> None:
+    ran = demo(elsewhere, "--path", str(folder))
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert len([name for name in rows(ran.stdout) if name.startswith("port for the reply to ")]) == 5
+    tables = ran.stdout[ran.stdout.index("\nsearch   ") :]
+    assert all(len(line) <= 80 for line in tables.splitlines())
+
+
+def test_a_pattern_that_matches_nothing_is_no_failure(elsewhere: Path, folder: Path) -> None:
+    ran = demo(elsewhere, "--path", str(folder), "--pattern", "no such thing")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert rows(ran.stdout)["total"][2] == "0"
+
+
+def test_stream_finds_the_same_as_a_plain_search_although_a_worker_is_killed(
+    elsewhere: Path, folder: Path, start_method: str
+) -> None:
+    ran = demo(
+        elsewhere,
+        *("stream", "--path", str(folder), "--start-method", start_method),
+        *("--pattern", "needle", "--streams", "8"),
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    table = rows(ran.stdout)
+    assert table["streams"] == table["completed"] == ["8"]
+    assert table["matches"] == table["matches of the plain search"] == [str(NEEDLES)]
+    assert "equal, stream by stream: yes" in ran.stdout
+    assert "killed worker 1" in ran.stdout
+    assert int(table["interrupted"][0]) >= 1
+    assert table["interrupted"] == table["taken over and completed"]
+    *_, closes, code = table["worker 1"]
+    assert f"{table['interrupted'][0]} died" in closes
+    assert code == "-9"
+    for name in ("worker 2", "worker 3"):
+        assert table[name][-1] == "0"
+        assert "died" not in table[name][-2]
+
+
+def test_stream_kills_nobody_where_there_is_no_half_way(elsewhere: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "file").write_text("needle\n")
+    ran = demo(elsewhere, "stream", "--path", str(tmp_path / "one"), "--pattern", "needle")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "killed" not in ran.stdout
+    assert rows(ran.stdout)["matches"] == ["1"]
+
+
+@pytest.mark.parametrize("name", ["worker", "stream"])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--path", "missing"], "not a folder: missing"),
+        (["--path", sys.executable], "not a folder"),
+        (["--path", "."], r"no text files in \."),
+        (["--pattern", "(unclosed"], r"not a regular expression: '\(unclosed'"),
+        (["--streams", "0"], "--streams must be at least 1"),
+    ],
+    ids=["missing", "file", "empty", "regex", "streams"],
+)
+def test_bad_input_is_one_line_and_exit_code_1(name: str, arguments: list[str], words: str, elsewhere: Path) -> None:
+    ran = demo(elsewhere, name, *arguments)
+    assert ran.returncode == 1
+    assert ran.stdout == ""
+    assert re.fullmatch(rf"error: .*{words}.*\n", ran.stderr)
+
+
+def test_stream_takes_one_pattern_only(elsewhere: Path) -> None:
+    ran = demo(elsewhere, "stream", "--pattern", "a", "--pattern", "b")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (1, "", "error: demo stream takes one --pattern\n")
+
+
+@contextmanager
+def running(elsewhere: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A demo in a process group of its own, as a terminal would have it."""
+    with subprocess.Popen(
+        [*COMMAND, *arguments],
+        cwd=elsewhere,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # as it should be: nobody is left of the whole group
+
+
+def read_until(process: subprocess.Popen[str], word: str) -> None:
+    assert process.stdout is not None
+    assert any(word in line for line in iter(process.stdout.readline, "")), f"ended before it printed {word!r}"
+
+
+ENDLESS = ("--pattern", "(a+)+$")
+"""Takes for ever on a line of many a's and a b."""
+
+
+@pytest.fixture
+def endless(tmp_path: Path) -> Path:
+    (tmp_path / "endless").mkdir()
+    (tmp_path / "endless" / "file").write_text("a" * 60 + "b\n")
+    return tmp_path / "endless"
+
+
+def test_ctrl_c_ends_worker_at_once_and_quietly(elsewhere: Path, endless: Path, start_method: str) -> None:
+    with running(elsewhere, "worker", "--path", str(endless), *ENDLESS, "--start-method", start_method) as process:
+        read_until(process, "worker  process")
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)  # the end of its output: all children are gone as well
+        assert (process.returncode, errors) == (130, "\ninterrupted\n")
+
+
+def test_ctrl_c_ends_stream_at_once_and_quietly(elsewhere: Path, start_method: str) -> None:
+    stdlib = sysconfig.get_paths()["stdlib"]
+    with running(elsewhere, "stream", "--path", stdlib, "--start-method", start_method) as process:
+        read_until(process, "started worker 2")
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors) == (130, "\ninterrupted\n")
+
+
+def test_app_and_worker_do_not_go_on_for_long_without_main(elsewhere: Path) -> None:
+    many = ("--pattern", ".") * 50
+    with running(elsewhere, "worker", "--path", sysconfig.get_paths()["stdlib"], *many) as process:
+        read_until(process, "search 1")
+        process.kill()
+        process.communicate(timeout=60)  # the end of its output, which app and worker hold as well
+
+
+def test_nobody_reading_the_output_is_no_traceback(elsewhere: Path, folder: Path) -> None:
+    with running(elsewhere, "stream", "--path", str(folder)) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 1
