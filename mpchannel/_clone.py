@@ -34,7 +34,8 @@ from .errors import DataCloneError, MessageError, PortDetachedError
 loads = pickle.loads
 
 _EXTENDED: Final = 0x10
-_RAW: Final = 0x11  # the bytes of send_bytes(), where they would not look like a pickle
+_RAW: Final = 0x11  # the bytes of send_bytes(), where they would not look like a pickle: kind, size, bytes
+_RAW_HEAD: Final = struct.Struct("<BQ")
 _HEAD: Final = struct.Struct("<BIIQ")  # kind, transferables, buffers, size of the pickle
 _ENTRY: Final = struct.Struct("<BII")  # code, descriptors, bytes
 _SIZE: Final = struct.Struct("<Q")
@@ -187,7 +188,7 @@ class _Reducers(dict[Any, Any]):
 
 
 def _reduce_view(view: memoryview) -> Any:
-    return memoryview, (pickle.PickleBuffer(view if view.contiguous else view.tobytes()),)
+    return memoryview, (pickle.PickleBuffer(view if view.c_contiguous else view.tobytes()),)
 
 
 _forking_reducers: dict[Any, Any] = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
@@ -235,17 +236,22 @@ class _Packer:
     def __init__(self, kind: Callable[..., Any]) -> None:
         self.chunks: list[Any] = []
         self.buffers: list[memoryview] = []
-        pickler = kind(_Sink(self.chunks.append), 5, buffer_callback=self._keep)
+        pickler = kind(_Sink(self.chunks.append), 5, buffer_callback=partial(_keep_large, self.buffers))
         self.dump: Callable[[Any], None] = pickler.dump
         self.clear: Callable[[], None] = pickler.clear_memo
 
-    def _keep(self, buffer: pickle.PickleBuffer) -> bool:
-        """Called for each buffer; true means: into the pickle."""
-        raw = buffer.raw()
-        if raw.nbytes < _OUT_OF_BAND:
-            return True
-        self.buffers.append(raw)
-        return False
+
+def _keep_large(buffers: list[memoryview], buffer: pickle.PickleBuffer) -> bool:
+    """Called for each buffer; true means: into the pickle.
+
+    No method of the packer: that would be a reference cycle, which keeps what was posted until a garbage collection
+    (and CPython crashes when it collects a memoryview together with a view of its PickleBuffer).
+    """
+    raw = buffer.raw()
+    if raw.nbytes < _OUT_OF_BAND:
+        return True
+    buffers.append(raw)
+    return False
 
 
 _free: list[_Packer] = []  # whoever packs takes one, so packing may re-enter; after an error it is not put back
@@ -353,7 +359,7 @@ def _pack_with_care(message: Any, moving: Moving | None, first: Exception) -> _P
     except Exception as error:
         if not _is_the_messages_own(error):
             raise
-        path, cause = find_culprit(message, partial(_why_not, moving))
+        path, cause = find_culprit(message, partial(_why_not, moving), Transferable)
         if isinstance(cause, DataCloneError):
             raise DataCloneError(f"{path}: {cause}") from None
         raise DataCloneError(f"{path}: {cause or error}") from (cause or error)
@@ -383,7 +389,7 @@ def pack_bytes(data: memoryview) -> tuple[Sequence[Any], int]:
     """A packet of bytes as they are: what looks like a pickle goes as one, as multiprocessing's connections have it."""
     if data.nbytes and data[0] == PICKLE:
         return (data,), data.nbytes
-    return (bytes([_RAW]), data), 1 + data.nbytes
+    return (_RAW_HEAD.pack(_RAW, data.nbytes), data), _RAW_HEAD.size + data.nbytes
 
 
 # Loading
@@ -404,7 +410,7 @@ def unpack(parcel: Parcel) -> tuple[Any, tuple[Any, ...]]:
         for each in arrived:
             each._undelivered()
         descriptors.close()
-        bad = message_error(error, body)
+        bad = message_error(error, parcel)
         if bad is None:
             raise
         raise bad from error
@@ -416,7 +422,8 @@ def _open(body: memoryview, descriptors: Descriptors, arrived: list[Transferable
     if kind == PICKLE:
         return body, iter(())
     if kind == _RAW:
-        return body[1:], iter(())
+        _, size = _RAW_HEAD.unpack_from(body)
+        return body[_RAW_HEAD.size : _RAW_HEAD.size + size], iter(())
     if kind != _EXTENDED:
         raise pickle.UnpicklingError("not a packet of mpchannel")
     _, transferables, count, size = _HEAD.unpack_from(body)
@@ -438,6 +445,13 @@ def _open(body: memoryview, descriptors: Descriptors, arrived: list[Transferable
     return pickle_, iter(buffers)
 
 
+def transferables(parcel: Parcel) -> int:
+    """How many come with a packet."""
+    body = parcel.body
+    count: int = _HEAD.unpack_from(body)[1] if len(body) >= _HEAD.size and body[0] == _EXTENDED else 0
+    return count
+
+
 def unpack_bytes(body: memoryview) -> memoryview:
     """What ``recv_bytes`` gives for a packet: the bytes that were sent, or the pickle of the message."""
     pickle_, buffers = _open(body, Descriptors(), [])
@@ -446,21 +460,24 @@ def unpack_bytes(body: memoryview) -> memoryview:
     return memoryview(pickle_)
 
 
-def message_error(error: BaseException, packet: bytes | bytearray | memoryview) -> MessageError | None:
+def message_error(error: BaseException, packet: bytearray | memoryview | Parcel) -> MessageError | None:
     """What the user gets for a message that cannot be loaded; ``None`` if *error* is none of the message's."""
     if not _is_the_messages_own(error):
         return None
-    return MessageError(f"a message cannot be loaded: {type(error).__name__}: {error}", bytes(packet))
+    packed = bytes(packet.body if isinstance(packet, Parcel) else packet)
+    return MessageError(f"a message cannot be loaded: {type(error).__name__}: {error}", packed)
 
 
 def _is_the_messages_own(error: BaseException) -> bool:
     """Whether an error that came up in pickling or loading is about the message. (Memory may have run out, or a
     Python signal handler may have run in the middle of it.)
     """
-    if isinstance(error, MemoryError) or not isinstance(error, Exception):
+    if isinstance(error, MemoryError):
         return False
     if threading.current_thread() is not threading.main_thread():
         return True
+    if isinstance(error, KeyboardInterrupt):
+        return False
     handlers = {getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()} - {None}
     trace = error.__traceback__
     while trace is not None:

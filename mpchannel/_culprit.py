@@ -10,16 +10,16 @@ from functools import partial
 from types import FunctionType, ModuleType
 from typing import Any, Final
 
-from .errors import DataCloneError
-
 _BUDGET: Final = 10_000  # parts looked at before the path found so far has to do
 
 
-def find_culprit(message: Any, why_not: Callable[[Any], Exception | None]) -> tuple[str, Exception | None]:
-    """(path, error) of the innermost part of *message* that *why_not* gives an error for."""
+def find_culprit(message: Any, why_not: Callable[[Any], Exception | None], whole: type) -> tuple[str, Exception | None]:
+    """(path, error) of the innermost part of *message* that *why_not* gives an error for; none is looked for inside a
+    *whole*.
+    """
     path, value, cause, budget = "message", message, why_not(message), _BUDGET
     seen = {id(value)}
-    while not isinstance(cause, DataCloneError):  # that one is about the part itself, not about what is in it
+    while not isinstance(value, whole):
         for name, part in _parts(value):
             budget -= 1
             if budget < 0:

@@ -59,7 +59,7 @@ class Home(Protocol):
     def call_later(self, seconds: float, fn: Callable[[], None]) -> None:
         """Run *fn* after a while."""
 
-    def report(self, error: BaseException, culprit: Callable[..., Any]) -> None:
+    def report(self, error: BaseException, culprit: object) -> None:
         """An exception escaped a listener."""
 
     def run(self, results: list[Any]) -> None:
@@ -140,7 +140,7 @@ class _DeliveryThread:
         self._running()
         self._ring()
 
-    def report(self, error: BaseException, culprit: Callable[..., Any]) -> None:
+    def report(self, error: BaseException, culprit: object) -> None:
         report(error)
 
     def run(self, results: list[Any]) -> None:
@@ -199,6 +199,7 @@ class _DeliveryThread:
                 entry = self._entries.get(number)
                 if entry is not None:
                     _guarded(entry.turn)
+                    entry = None  # or this frame would hold the client and its socket until the next event
                 elif number == alarm:
                     bell.hush()
                     for _ in range(len(self._calls)):
@@ -257,7 +258,10 @@ def _await_end_of(thread: threading.Thread) -> None:
 def report(error: BaseException) -> None:
     """Hand an exception that nobody can catch to ``threading.excepthook`` (default: a traceback on stderr)."""
     details = (type(error), error, error.__traceback__, threading.current_thread())
-    threading.excepthook(threading.ExceptHookArgs(details))
+    try:
+        threading.excepthook(threading.ExceptHookArgs(details))
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # as threading does; a hook must not end delivery
 
 
 delivery_thread: Final = _DeliveryThread()
@@ -301,7 +305,7 @@ class _LoopHome:
         if loop is not None:
             self._soon(partial(loop.call_later, seconds, fn))
 
-    def report(self, error: BaseException, culprit: Callable[..., Any]) -> None:
+    def report(self, error: BaseException, culprit: object) -> None:
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise error  # as asyncio does: it ends the loop
         loop = self._loop()
@@ -323,11 +327,12 @@ class _LoopHome:
         self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()
         if error is not None:
-            self.report(error, task.get_coro if hasattr(task, "get_coro") else task.result)
+            self.report(error, task.get_coro() if hasattr(task, "get_coro") else task)
 
     @property
     def here(self) -> bool:
-        return running_loop() is self._loop()
+        loop = self._loop()
+        return loop is not None and running_loop() is loop
 
     @property
     def usable(self) -> bool:
@@ -362,7 +367,7 @@ class _LoopHome:
 
     def _update(self, sock: Socket) -> None:
         # The closure keeps *sock* open until the loop has dropped it, so its number cannot be somebody else's by then.
-        if self.here:
+        if self.here or not self.usable:
             self._tell_loop(sock)
         else:
             self._soon(lambda: self._tell_loop(sock))
@@ -370,6 +375,8 @@ class _LoopHome:
     def _tell_loop(self, sock: Socket) -> None:
         loop, number = self._loop(), sock.fileno()
         if loop is None or loop.is_closed():
+            if self._reading.get(number) is sock:
+                del self._reading[number]  # or the socket would stay open as long as the loop object lives
             return
         entry = self._entries.get(number)
         mine = entry is not None and entry.sock is sock

@@ -23,14 +23,13 @@ import enum
 import os
 import time
 import weakref
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, NoReturn, Self
 
-from ._clone import Departure, Entry, Transferable, loads, message_error, unpack
-from ._delivery import TURNS, Home, home, running_loop
+from ._clone import Departure, Entry, Transferable, loads, message_error, transferables, unpack
+from ._delivery import TURNS, Home, home, loop_home
 from ._kernel import Descriptors, exit_code
-from ._link import Link, Loan, Taken, spare_buffers
+from ._link import Hand, Link, Loan, Taken, spare_buffers
 from ._wire import End, Parcel
 from .errors import ChannelError, DataCloneError, MessageError, PortClosedError
 from .events import CloseEvent, EventTarget, MessageErrorEvent, MessageEvent, _Listener
@@ -92,7 +91,7 @@ class Endpoint(EventTarget, Transferable):
         self._watched = Watched.NOT
         self._parked = False  # a message is in the way of the close somebody waits for: look again after a take
         self._look_due = False
-        self._closing: tuple[Callable[[], None], ...] = ()  # coroutines that wait for the close
+        self._closing: tuple[partial[None], ...] = ()  # coroutines that wait for the close
         self._end: End | None = None
         self._departure: Departure | None = None
 
@@ -113,9 +112,9 @@ class Endpoint(EventTarget, Transferable):
 
     # Taking
 
-    def _take_now(self) -> Taken | None:
+    def _take_now(self, hand: Hand) -> Taken | None:
         with self._link.receiving:
-            return self._link.take()
+            return self._link.take(hand)
 
     def _open(self, taken: Taken) -> tuple[Any, tuple[Any, ...]]:
         """What was taken, as (message, ports). The end becomes ``PortClosedError``."""
@@ -126,21 +125,21 @@ class Endpoint(EventTarget, Transferable):
         if isinstance(taken, End):
             self._over(taken)
             raise closed_error(taken)
-        try:
-            message = loads(taken)
-        except BaseException as error:
-            self._not_loaded(error, taken)
-        if type(taken) is bytearray:
-            spare_buffers.append(taken)
-        return message, ()
+        return loads(taken), ()
 
-    def _not_loaded(self, error: BaseException, packet: bytearray | memoryview) -> NoReturn:
-        bad = message_error(error, packet)
-        if bad is None:
-            with self._link.receiving:
-                self._link.put_back(packet)
+    def _fumbled(self, hand: Hand, error: BaseException) -> NoReturn:
+        """*error* came up between taking a packet and having its message. Raise it, or what is to be made of it."""
+        if isinstance(error, MessageError):
             raise error
-        raise bad from error
+        taken = hand[0] if hand else None
+        if isinstance(taken, Parcel) and transferables(taken):
+            raise error  # its ports were made, and closed, in vain
+        if taken is not None and not (type(taken) is bytearray and taken[0] == 0):
+            bad = message_error(error, taken)
+            if bad is not None:
+                raise bad from error
+        self._link.recover(hand)
+        raise error
 
     # Turns: taking and dispatching, at the home
 
@@ -161,35 +160,39 @@ class Endpoint(EventTarget, Transferable):
         """For the home: the socket has something. Take and dispatch some of it."""
         for _ in range(TURNS):
             link = self._link
+            hand: Hand = []
             if not link.receiving.acquire(blocking=False):
                 return  # a thread is receiving this very moment: it gets it
             try:
                 with self.lock:
                     row = self._listeners.get("message", ()) if self._enabled else ()
-                    taken = link.take() if row else self._take_if_over()
+                    taken = link.take(hand) if row else self._take_if_over(hand)
             except ChannelError:
                 return  # closed or moved away meanwhile
             except OSError as error:  # a limit of the system; nothing is lost, so tell and try again
                 self._pause(_TROUBLE_PAUSE, error)
                 return
+            except BaseException:
+                link.recover(hand)
+                raise
             finally:
                 link.receiving.release()
             if taken is None:
                 if link.stalled:
                     self._pause(STALL_PAUSE)
                 return
-            if not self._deliver(taken, row):
+            if not self._deliver(taken, row, hand):
                 return
 
-    def _take_if_over(self) -> Taken | None:
+    def _take_if_over(self, hand: Hand) -> Taken | None:
         """Nobody listens for messages: take nothing but the end, and stop watching if a message is in the way."""
         ready = self._link.ready
         if ready is True:
             self._parked = True
             self._watch(Watched.NOT)
-        return self._link.take() if isinstance(ready, End) else None
+        return self._link.take(hand) if isinstance(ready, End) else None
 
-    def _pause(self, seconds: float, error: OSError | None = None) -> None:
+    def _pause(self, seconds: float, error: Exception | None = None) -> None:
         """No turns for a while: the socket is readable, but there is nothing to be had from it now."""
         at = self._home
         if at is not None:
@@ -199,22 +202,28 @@ class Endpoint(EventTarget, Transferable):
                 at.report(error, self.turn)
             at.call_later(seconds, self._look_again)
 
-    def _deliver(self, taken: Taken, row: tuple[_Listener, ...]) -> bool:
+    def _deliver(self, taken: Taken, row: tuple[_Listener, ...], hand: Hand) -> bool:
         """Dispatch what was taken. Whether to go on."""
-        at = self._home
-        if at is None:
-            at = home()
         if isinstance(taken, End):
             self._over(taken, dispatch=True)
             return False
+        at = self._home or home()
         event: MessageEvent[Any] | MessageErrorEvent
         try:
-            event = MessageEvent(self, *self._open(taken))
-        except MessageError as error:
-            event = MessageErrorEvent(self, error)
+            try:
+                event = MessageEvent(self, *self._open(taken))
+            except BaseException as error:
+                self._fumbled(hand, error)
+        except MessageError as bad:
+            event = MessageErrorEvent(self, bad)
             row = self._listeners.get("messageerror", ())
             if not row:
-                at.report(error, self.turn)
+                at.report(bad, self.turn)
+        except MemoryError as no_memory:
+            self._pause(_TROUBLE_PAUSE, no_memory)
+            return False
+        if type(taken) is bytearray:
+            spare_buffers.append(taken)
         results = self._dispatch(event, row, at.report)
         if results:
             at.run(results)
@@ -223,9 +232,7 @@ class Endpoint(EventTarget, Transferable):
     def _listeners_changed(self, type: str, added: _Listener | None) -> None:
         if type == "close" and added is not None and self._end is not None:
             # Added after the channel closed: it still hears of it, once, and not in the midst of its registration.
-            self._settle_home(self._home or home())
-            assert self._home is not None
-            self._home.call(partial(self._dispatch_close, (added,)))
+            self._usable_home().call(partial(self._dispatch_close, (added,)))
         elif self._state is State.OPEN and (added is not None or self._watched):
             self._watch()
 
@@ -234,6 +241,18 @@ class Endpoint(EventTarget, Transferable):
         if self._home is not at:
             self._watch(Watched.NOT)
             self._home = at
+
+    def _usable_home(self) -> Home:
+        """Where listeners run; another place than before if that was a loop that has ended. Under ``lock``."""
+        at = self._home
+        if at is None or not at.usable:
+            if at is not None and self._watched:
+                sock = self._link.watched_by(at)
+                if sock is not None:
+                    at.unwatch(sock)
+                self._watched = Watched.NOT
+            self._home = at = home()
+        return at
 
     def _wanted(self) -> Watched:
         if self._state is not State.OPEN or self._link.lent is not None:
@@ -249,11 +268,12 @@ class Endpoint(EventTarget, Transferable):
         if wanted is None:
             wanted = self._wanted()
             self._parked = False
+        if wanted is self._watched is Watched.NOT:
+            return
+        at = self._usable_home()
         if wanted is self._watched:
             return
-        if self._home is None or not self._home.usable:
-            self._home = home()
-        link, at = self._link, self._home
+        link = self._link
         self._watched = wanted
         sock = link.watched_by(at)
         if sock is None:
@@ -303,9 +323,7 @@ class Endpoint(EventTarget, Transferable):
             self._end = end
             self._watch(Watched.NOT)
             row = self._listeners.get("close", ())
-            if row and self._home is None:
-                self._home = home()
-            at = self._home
+            at = self._usable_home() if row else None
         self._link.drop(partial(closed_error, end))
         self._tell_closing()
         if row and at is not None:
@@ -339,6 +357,9 @@ class Endpoint(EventTarget, Transferable):
                 raise self._departure.error()
             if self._state is State.CLOSED:
                 return self._closed_event()
+            with self.lock:
+                if self._watched and self._home is not None and not self._home.usable:
+                    self._watch(Watched.NOT)  # the loop that watched has ended
             if self._watched:
                 if self._home is not None and self._home.here:
                     raise RuntimeError(
@@ -350,7 +371,7 @@ class Endpoint(EventTarget, Transferable):
             try:
                 with link.receiving:
                     ready = link.ready
-                    taken = link.take() if isinstance(ready, End) else None
+                    taken = link.take([]) if isinstance(ready, End) else None
             except ChannelError:
                 continue  # closed or moved away this very moment
             if isinstance(taken, End):
@@ -376,7 +397,7 @@ class Endpoint(EventTarget, Transferable):
 
         loop = asyncio.get_running_loop()
         closed: asyncio.Future[None] = loop.create_future()
-        tell = partial(_settle_from_anywhere, loop, closed)
+        tell = partial(_settle_from_anywhere, loop_home(loop), closed)
         with self.lock:
             self._closing += (tell,)
             if self._state is State.OPEN:
@@ -389,6 +410,8 @@ class Endpoint(EventTarget, Transferable):
             with self.lock:
                 self._closing = tuple(each for each in self._closing if each is not tell)
                 if self._state is State.OPEN:
+                    if self._closing and self._wanted() is Watched.FOR_CLOSE and not self._listeners.get("close"):
+                        self._settle_home(self._closing[0].args[0])  # our loop may end; theirs has somebody waiting
                     self._watch()
         if self._departure is not None:
             raise self._departure.error()
@@ -524,15 +547,12 @@ def _exit_code_after(end: End) -> int | None:
     return exit_code(end.pid)
 
 
-def _settle_from_anywhere(loop: Any, future: Any) -> None:
+def _settle_from_anywhere(at: Home, future: Any) -> None:
     def settle() -> None:
         if not future.done():
             future.set_result(None)
 
-    if running_loop() is loop:
+    if at.here:
         settle()
-        return
-    try:
-        loop.call_soon_threadsafe(settle)
-    except RuntimeError:
-        pass  # the loop was closed, and whoever waited on it is gone
+    else:
+        at.call(settle)

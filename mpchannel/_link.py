@@ -86,8 +86,7 @@ _NO_ROOM: Final = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EMSGSIZE)
 GONE: Final = (BrokenPipeError, ConnectionResetError)
 
 spare_buffers: list[bytearray] = []
-"""For receiving. Whoever takes a bare pickle in a ``bytearray`` owns it until he appends it here again. (In this
-form, ``list.append`` is a call behind which CPython runs no signal handler.)"""
+"""For receiving. Whoever takes a bare pickle in a ``bytearray`` owns it until he puts it here again."""
 _links: dict[int, weakref.ref[Link]] = {}  # every open link of this process, by id()
 _channel_prefix = os.urandom(8)
 _channel_numbers = itertools.count()
@@ -95,6 +94,10 @@ _channel_numbers = itertools.count()
 
 Taken = bytearray | memoryview | Parcel | End
 """What ``take`` gives: a bare pickle (a ``bytearray`` is one of ``spare_buffers``), a parcel, the end."""
+
+
+Hand = list[Any]
+"""What a receiver has taken and not yet made a message of."""
 
 
 class Watcher(Protocol):
@@ -177,7 +180,7 @@ class Link:
         self._expected = expected  # heads-ups taken whose packet is still to come
         self._slow = bool(expected)  # take with care: something below is set
         self._inbox: Inbox | None = None
-        self._back: deque[bytearray | memoryview | Parcel] = deque()  # taken, and put back
+        self._back: deque[bytearray | memoryview | Parcel] = deque()  # taken, and recovered
         self._end: End | None = None
         self._outbox: Outbox | None = None
         self._owes = False  # a heads-up was sent whose packet is still to be sent
@@ -343,54 +346,62 @@ class Link:
             waiting += outbox.memory.held
         return waiting + self._bodies
 
-    # Taking. The caller holds ``receiving``.
+    # Taking. The caller holds ``receiving``, and gives a hand: an empty list.
 
-    def take(self, flags: int = NOW) -> Taken | None:
+    def take(self, hand: Hand, flags: int = NOW) -> Taken | None:
         """The next packet or the end; ``None`` if nothing is there. With ``flags=0`` it waits a few milliseconds.
 
-        An exception of a signal handler loses nothing, wherever it comes up: whoever holds what was taken puts it
-        back. (CPython runs handlers after calls of C functions and at the start of Python ones; the code around a
-        packet in hand is written with that in mind.)
+        What is taken is in *hand* at the very moment it leaves the queue. So an exception of a signal handler, which
+        may come up behind any call, loses nothing: whoever gets it gives the hand to ``recover``.
         """
         if self._slow:
-            return self._take_slowly(flags)
-        return self._take_plainly(flags)
+            return self._take_slowly(hand, flags)
+        return self._take_plainly(hand, flags)
 
-    def _take_plainly(self, flags: int) -> Taken | None:
+    def _take_plainly(self, hand: Hand, flags: int) -> Taken | None:
         try:
             buffer = spare_buffers.pop()
         except IndexError:
             buffer = bytearray(_BUFFER)
         buffer[0] = 0
+        hand.append(buffer)
         try:
-            self.length = self._recv_into(buffer, 0, flags)
+            size = self.length = self._recv_into(buffer, 0, flags)
         except BlockingIOError:
+            hand.clear()
             spare_buffers.append(buffer)
             return None
         except ConnectionResetError:
             # The other end closed with messages of ours unread. What it had sent before is still in the queue.
-            return self._take_plainly(flags)
-        except BaseException:
-            if buffer[0]:
-                self.put_back(buffer)
-            raise
+            hand.clear()
+            return self._take_plainly(hand, flags)
         if buffer[0] == PICKLE:
             return buffer
-        if self._keep_house(buffer, self.length):
+        if self._keep_house(buffer, size):
+            hand.clear()
             spare_buffers.append(buffer)
-            return self._end or self.take(flags)
-        return Parcel(memoryview(buffer)[: self.length], Descriptors())
+            return self._end or self.take(hand, flags)
+        hand[0] = parcel = Parcel(memoryview(buffer)[:size], Descriptors())
+        return parcel
 
-    def put_back(self, taken: Taken | None) -> None:
-        """Undo a take."""
-        if taken is not None and not isinstance(taken, End):
-            self._back.append(taken)
-            self._slow = True
+    def recover(self, hand: Hand) -> None:
+        """Put back what an exception left in a hand."""
+        with self.receiving:
+            for taken in hand:
+                if type(taken) is bytearray and taken[0] != PICKLE:
+                    if taken[0] == 0 or self._keep_house(taken, len(taken)):
+                        continue  # nothing had come, or nothing with a message
+                    taken = Parcel(memoryview(taken), Descriptors())
+                self._slow = True
+                self._back.appendleft(taken)
+            hand.clear()
 
     def _keep_house(self, buffer: bytearray | memoryview, size: int) -> bool:
         """Note what a packet without a message says. ``False`` if it has a message."""
         kind = buffer[0] if size else 0
         if not size:
+            if self._sock is None:
+                self._recv_into()  # raises: it was closed or moved away here, while we looked at it
             self._end = End("died", self.peer_pid)
         elif kind == CLOSE:
             _, reason, pid = PROCESS.unpack_from(buffer)
@@ -407,12 +418,14 @@ class Link:
     def _set_pace(self) -> None:
         self._slow = bool(self._back or self._expected or self._end or self.lent)
 
-    def _take_slowly(self, flags: int) -> Taken | None:
+    def _take_slowly(self, hand: Hand, flags: int) -> Taken | None:
         """``take`` while something is put back, announced, over or lent."""
         while True:
             if self._back:
                 packet = self._back[0]
                 self.length = len(packet.body if isinstance(packet, Parcel) else packet)
+                # Two statements without a call: no signal handler runs between them.
+                hand += (packet,)
                 del self._back[0]
                 return packet
             if self.lent is not None and self.lent.pending:
@@ -420,18 +433,18 @@ class Link:
             if self._end is not None:
                 return self._end
             if self._inbox is not None:
-                taken = self._take_overflowed(self._inbox)
+                taken = self._take_overflowed(self._inbox, hand)
                 if taken is not None or self._inbox is not None:
                     return taken
             elif not self._expected:
                 self._set_pace()
-                return self.take(flags)
+                return self.take(hand, flags)
             else:
-                taken = self._look(flags)
+                taken = self._look(hand, flags)
                 if taken is not None or self._inbox is None:
                     return taken
 
-    def _look(self, flags: int) -> Taken | None:
+    def _look(self, hand: Hand, flags: int) -> Taken | None:
         """Take the next packet off the socket only when its descriptors are safe in hand."""
         sock = self._socket()
         buffer = bytearray(_BUFFER)
@@ -440,7 +453,7 @@ class Link:
         except BlockingIOError:
             return None
         except ConnectionResetError:
-            return self._look(flags)
+            return self._look(hand, flags)
         kind = buffer[0] if self.length else 0
         if kind == ANNOUNCE:
             try:
@@ -451,18 +464,13 @@ class Link:
         elif kind == CARRIER:
             parcel = unwrap(memoryview(buffer)[: self.length], descriptors)
         else:
-            return self._take_plainly(NOW)
-        taken_off: list[int] = []
-        try:
-            taken_off.extend(map(sock.recv_into, (bytearray(1),), (0,), (NOW,)))
-            self._expected = max(0, self._expected - 1)
-        except BaseException:
-            if taken_off:
-                self.put_back(parcel)
-            raise
+            return self._take_plainly(hand, NOW)
+        # One call that takes the packet off and, if it did, puts the parcel in hand.
+        hand.extend(itertools.compress((parcel,), map(sock.recv_into, (bytearray(1),), (0,), (NOW,))))
+        self._expected = max(0, self._expected - 1)
         return parcel
 
-    def _take_overflowed(self, inbox: Inbox) -> Taken | None:
+    def _take_overflowed(self, inbox: Inbox, hand: Hand) -> Taken | None:
         """The next packet of the overflow file; ``None`` if there is none, and then maybe no file either."""
         found = inbox.first()
         if found is None:
@@ -471,20 +479,20 @@ class Link:
         packet, descriptors = found
         taken: Taken | None = packet
         if packet[0] == CARRIER:
-            taken = unwrap(packet, descriptors)
+            taken = unwrap(packet, descriptors or Descriptors())
         elif packet[0] != PICKLE:
-            taken = (
-                None if self._keep_house(packet, len(packet)) else Parcel(memoryview(bytearray(packet)), descriptors)
-            )
-        try:
-            inbox.remove_first()
-            self.length = len(packet)
-            self._leave_if_exhausted(inbox, found_nothing=False)
-        except BaseException:
-            if not inbox.begins_with(packet):
-                self.put_back(taken)
-            raise
-        return self._take_slowly(NOW) if taken is None else taken
+            noted = self._keep_house(packet, len(packet))
+            taken = None if noted else Parcel(memoryview(bytearray(packet)), Descriptors())
+        if taken is None:
+            del inbox.ahead[0]
+        else:
+            hand += (taken,)  # no call, and so no signal handler, between these two
+            del inbox.ahead[0]
+        if descriptors is not None:
+            inbox.drop_aside()
+        self.length = len(packet)
+        self._leave_if_exhausted(inbox, found_nothing=False)
+        return self._take_slowly(hand, NOW) if taken is None else taken
 
     def _leave_if_exhausted(self, inbox: Inbox, found_nothing: bool) -> None:
         # At once when the last packet is taken, so that "readable" means that a message is there.
@@ -532,46 +540,36 @@ class Link:
 
     # Waiting
 
-    def next(self, timeout: float | None = None) -> Taken:
+    def next(self, hand: Hand, timeout: float | None = None) -> Taken:
         """Take the next packet, or the end, waiting for it. Raises ``TimeoutError``.
 
         A port that was quick last time is asked again for some 60 us before its thread sleeps; then one receive call
         waits for some milliseconds, which is one system call for a message; only then comes ``poll``, which a
         transfer can wake.
         """
-        taken = None
-        try:
-            if self._hot:
-                with self.receiving:
-                    taken = self._take_slowly(NOW) if self._slow else self._take_plainly(NOW)
-                if taken is not None:
-                    return taken
-            deadline = None if timeout is None else time.monotonic() + timeout
-            brief = timeout is not None and timeout < 2 * _BLOCK
-            while True:
-                with self.receiving:
-                    taken = self.take() if brief else self._take_soon()
-                if taken is not None:
-                    return taken
-                self.wait(deadline)
-        except BaseException:
-            self.put_back(taken)
-            raise
+        if self._hot:
+            with self.receiving:
+                taken = self._take_slowly(hand, NOW) if self._slow else self._take_plainly(hand, NOW)
+            if taken is not None:
+                return taken
+        deadline = None if timeout is None else time.monotonic() + timeout
+        brief = timeout is not None and timeout < 2 * _BLOCK
+        while True:
+            with self.receiving:
+                taken = self.take(hand) if brief else self._take_soon(hand)
+            if taken is not None:
+                return taken
+            self.wait(deadline)
 
-    def next_with_length(self) -> tuple[Taken, int]:
+    def next_with_length(self, hand: Hand) -> tuple[Taken, int]:
         """``next``, and the packet's length. (``length`` alone may already be that of another thread's packet.)"""
-        taken = None
-        try:
-            while True:
-                with self.receiving:
-                    taken = self._take_soon()
-                    length = self.length
-                if taken is not None:
-                    return taken, length
-                self.wait(None)
-        except BaseException:
-            self.put_back(taken)
-            raise
+        while True:
+            with self.receiving:
+                taken = self._take_soon(hand)
+                length = self.length
+            if taken is not None:
+                return taken, length
+            self.wait(None)
 
     def watched_by(self, watcher: Watcher) -> Socket | None:
         """The socket for *watcher* to wait on; it is told to ``forget`` it at its release. ``None``: it is released."""
@@ -586,25 +584,20 @@ class Link:
         """
         return self._inbox is not None or self.lent is not None
 
-    def _take_soon(self) -> Taken | None:
+    def _take_soon(self, hand: Hand) -> Taken | None:
         if self._hot:
             until = time.perf_counter() + _SPIN
             while time.perf_counter() < until:
                 os.sched_yield()
-                taken = self.take()
+                taken = self.take(hand)
                 if taken is not None:
                     return taken
         if not self._timed:
             set_receive_timeout(self._socket(), _BLOCK)
             self._timed = True
         began = time.perf_counter()
-        taken = None
-        try:
-            taken = self.take(0)
-            self._hot = taken is not None and time.perf_counter() - began < _QUICK
-        except BaseException:
-            self.put_back(taken)
-            raise
+        taken = self.take(hand, 0)
+        self._hot = taken is not None and time.perf_counter() - began < _QUICK
         return taken
 
     def wait(self, deadline: float | None, *, asleep_while: Callable[[], bool] | None = None) -> None:
@@ -714,11 +707,12 @@ class Link:
         """The link that ``pack_up`` packed, at its new holder. Raises ``struct.error`` for what is none."""
         channel, side, pid, expected, count = HANDOFF.unpack_from(luggage)
         link = Link(sock, channel, side, pid or None, expected)
-        at = HANDOFF.size
+        at, back = HANDOFF.size, []
         for _ in range(count):
             size = int.from_bytes(luggage[at : at + 4], "little")
-            link.put_back(bytearray(luggage[at + 4 : at + 4 + size]))
+            back.append(memoryview(luggage)[at + 4 : at + 4 + size])
             at += 4 + size
+        link.recover(back[::-1])
         return link
 
     def leave(self, error: Callable[[], Exception]) -> None:
@@ -752,8 +746,7 @@ class Link:
     def copy_after_fork(self) -> Link:
         """In a forked child that was given this link: the same, with locks and waiters of its own."""
         link = Link(renew(self._socket()), self.channel, self.side, self.peer_pid, self._expected)
-        for packet in self._back:
-            link.put_back(packet)
+        link.recover(list(self._back)[::-1])
         self.stay_behind(_closed_here)
         return link
 

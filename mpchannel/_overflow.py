@@ -131,7 +131,7 @@ class Outbox:
 class Inbox:
     """The reader's side of one file."""
 
-    __slots__ = ("_ahead", "_given_back", "_lane", "_memory", "_parsed")
+    __slots__ = ("_given_back", "_lane", "_memory", "_parsed", "ahead")
 
     def __init__(self, descriptors: Descriptors) -> None:
         """*descriptors*: the file, and the lane if there is one. Raises ``OSError`` if they are no such things."""
@@ -141,30 +141,26 @@ class Inbox:
             raise OSError(errno.EINVAL, "an overflow file must be sealed against shrinking")
         self._parsed = self._memory.offset
         self._given_back = -(-self._parsed // PAGE) * PAGE
-        # Records read and not yet taken: (position, packet, has descriptors).
-        self._ahead: deque[tuple[int, memoryview, bool]] = deque()
+        # Records read and not yet taken: (position, packet, has descriptors). The reader deletes what he takes.
+        self.ahead: deque[tuple[int, memoryview, bool]] = deque()
 
-    def first(self) -> tuple[memoryview, Descriptors] | None:
+    def first(self) -> tuple[memoryview, Descriptors | None] | None:
         """The next packet with (copies of) its descriptors, left in its place; ``None`` if no whole record is there.
 
-        Raises ``OSError(EMFILE)`` if this process has no room for the descriptors.
+        To take it away: ``del ahead[0]``, then ``drop_aside()`` if there were descriptors. Raises ``OSError(EMFILE)``
+        if this process has no room for the descriptors.
         """
-        if not self._ahead:
+        if not self.ahead:
             self._read()
-            if not self._ahead:
+            if not self.ahead:
                 return None
-        position, packet, described = self._ahead[0]
-        return packet, self._aside(position) if described else Descriptors()
+        position, packet, described = self.ahead[0]
+        return packet, self._aside(position) if described else None
 
-    def remove_first(self) -> None:
-        """Take away what ``first`` gave."""
-        described = self._ahead[0][2]
-        del self._ahead[0]
-        if described and self._lane is not None:
+    def drop_aside(self) -> None:
+        """The packet that ``first`` gave was taken away: its descriptors go too."""
+        if self._lane is not None:
             self._lane.recv_into(bytearray(8), 8, NOW)
-
-    def begins_with(self, packet: memoryview) -> bool:
-        return bool(self._ahead) and self._ahead[0][1] is packet
 
     def close(self) -> None:
         """Let go at once (in a forked child; elsewhere it closes with its last reference)."""
@@ -185,6 +181,7 @@ class Inbox:
         if len(data) < first <= unread:
             data = self._memory.read(first, self._parsed)
         view = memoryview(data)
+        found: deque[tuple[int, memoryview, bool]] = deque()
         at, end, start = 0, len(data), self._parsed
         while at + 8 <= end:
             word = _HEADER.unpack_from(data, at)[0]
@@ -192,11 +189,11 @@ class Inbox:
             if stop > end:
                 break
             if not word & _VOID:
-                self._ahead.append((start + at, view[at + 8 : stop], bool(word & _WITH_DESCRIPTORS)))
+                found.append((start + at, view[at + 8 : stop], bool(word & _WITH_DESCRIPTORS)))
             at = stop
-        self._parsed = start + at
+        self.ahead, self._parsed = found, start + at  # together: a signal handler may raise at any call above
 
-    def _aside(self, position: int) -> Descriptors:
+    def _aside(self, position: int) -> Descriptors | None:
         mark = bytearray(8)
         while self._lane is not None:
             try:
@@ -210,26 +207,26 @@ class Inbox:
             if found > position:
                 break
             self._lane.recv_into(mark, 8, NOW)  # left by a post that was interrupted before its record was written
-        return Descriptors()
+        return None
 
     @property
     def waiting(self) -> bool:
         """Whether a whole packet is there."""
-        if not self._ahead:
+        if not self.ahead:
             self._read()
-        return bool(self._ahead)
+        return bool(self.ahead)
 
     def exhausted(self, *, writer_gone: bool = False) -> bool:
         """Whether all was read; if so the file was sealed and the writer is back at the socket."""
-        if self._ahead:
+        if self.ahead:
             return False
         if self._memory.size > self._parsed and not writer_gone and not self._memory.sealed(SEAL_GROW):
             return False  # more to read, or a large record that is being written
         self._memory.seal(SEAL_GROW)
         self._read()  # what came in before the seal; a torn rest belongs to a writer that died
-        return not self._ahead
+        return not self.ahead
 
     def rewind(self) -> None:
         """Put the shared position before the first packet not taken, so that another holder can go on."""
-        self._memory.offset = self._ahead[0][0] if self._ahead else self._parsed
-        self._ahead.clear()
+        self._memory.offset = self.ahead[0][0] if self.ahead else self._parsed
+        self.ahead.clear()

@@ -78,6 +78,9 @@ def wait(object_list: Iterable[Any], timeout: float | None = None) -> list[Any]:
     seconds.
     """
     waiting = list(object_list)
+    for each in waiting:
+        if isinstance(each, MessagePort) and each.detached:
+            each.fileno()  # raises, and says where it went
     deadline = None if timeout is None else time.monotonic() + timeout
     while True:
         over = [each for each in waiting if isinstance(each, MessagePort) and each.closed]

@@ -22,14 +22,26 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from multiprocessing import BufferTooShort
-from typing import Any, Final, Generic, Self, TypeVar, cast
+from typing import Any, Final, Generic, Self, TypeVar
 
-from ._clone import Departure, Moving, Pickled, Transferable, assemble, loads, pack, pack_bytes, register, unpack_bytes
+from ._clone import (
+    Departure,
+    Moving,
+    Pickled,
+    Transferable,
+    assemble,
+    loads,
+    pack,
+    pack_bytes,
+    register,
+    transferables,
+    unpack_bytes,
+)
 from ._delivery import TURNS, loop_home
-from ._endpoint import STALL_PAUSE, Endpoint, State, closed_error
-from ._link import Link, Taken, spare_buffers
+from ._endpoint import STALL_PAUSE, Endpoint, State
+from ._link import Hand, Link, Taken, spare_buffers
 from ._wire import End, Parcel
-from .errors import BufferFull, DataCloneError, PortClosedError
+from .errors import BufferFull, DataCloneError, MessageError, PortClosedError
 from .events import CloseEvent, MessageErrorEvent, MessageEvent
 
 __all__ = ["MessagePort"]
@@ -217,20 +229,32 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
         message, unless it comes up in the very loading of one that carries ports: these are then closed.
         Works on a port that was never started.
         """
-        message, ports = self._open(self._link.next(timeout))
-        return MessageEvent(self, message, ports)
+        hand: Hand = []
+        try:
+            taken = self._link.next(hand, timeout)
+            event = MessageEvent(self, *self._open(taken))
+            pooled = type(taken) is bytearray
+        except BaseException as error:
+            self._fumbled(hand, error)
+        if pooled:
+            spare_buffers[:0] = hand  # no call from here on, so no signal handler: the event is as good as returned
+        return event
 
     def recv(self, timeout: float | None = None) -> RecvT:
         """The next message itself; else as ``receive``."""
-        taken = self._link.next(timeout)
-        if type(taken) is bytearray and not self._parked:
-            try:
-                message = loads(taken)
-            except BaseException as error:
-                self._not_loaded(error, taken)
-            spare_buffers.append(taken)
-            return cast(RecvT, message)
-        return cast(RecvT, self._open(taken)[0])
+        hand: Hand = []
+        try:
+            taken = self._link.next(hand, timeout)
+            pooled = type(taken) is bytearray
+            if type(taken) is bytearray and not self._parked:
+                message: RecvT = loads(taken)
+            else:
+                message = self._open(taken)[0]
+        except BaseException as error:
+            self._fumbled(hand, error)
+        if pooled:
+            spare_buffers[:0] = hand  # as in receive()
+        return message
 
     def __iter__(self) -> Self:
         """Messages, until the channel closes."""
@@ -243,11 +267,13 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
             raise StopIteration from None
 
     def _receive_now(self) -> MessageEvent[RecvT] | None:
-        taken = self._take_now()
-        if taken is None:
-            return None
-        message, ports = self._open(taken)
-        return MessageEvent(self, message, ports)
+        hand: Hand = []
+        try:
+            taken = self._take_now(hand)
+            event = None if taken is None else MessageEvent(self, *self._open(taken))
+        except BaseException as error:
+            self._fumbled(hand, error)
+        return event
 
     def poll(self, timeout: float | None = 0.0) -> bool:
         """Whether ``recv`` would not wait: a message is there, or the channel is over. Waits up to *timeout* s."""
@@ -276,12 +302,20 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
 
     async def areceive(self) -> MessageEvent[RecvT]:
         """``receive`` for asyncio, on the socket itself: no helper thread. Cancelling it loses no message."""
-        message, ports = self._open(await self._anext())
-        return MessageEvent(self, message, ports)
+        hand: Hand = []
+        try:
+            taken = await self._anext(hand)
+            event = MessageEvent(self, *self._open(taken))
+            pooled = type(taken) is bytearray
+        except BaseException as error:
+            self._fumbled(hand, error)
+        if pooled:
+            spare_buffers[:0] = hand  # as in receive()
+        return event
 
     async def arecv(self) -> RecvT:
         """``recv`` for asyncio."""
-        return cast(RecvT, self._open(await self._anext())[0])
+        return (await self.areceive()).data
 
     def __aiter__(self) -> Self:
         return self
@@ -292,7 +326,7 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
         except PortClosedError:
             raise StopAsyncIteration from None
 
-    async def _anext(self) -> Taken:
+    async def _anext(self, hand: Hand) -> Taken:
         import asyncio
 
         loop = loop_home(asyncio.get_running_loop())
@@ -300,7 +334,7 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
         if self._takes % TURNS == 0:
             await asyncio.sleep(0)  # a port that always has something must not starve the loop
         while True:
-            taken = self._take_now()
+            taken = self._take_now(hand)
             if taken is not None:
                 return taken
             sock = self._link.watched_by(loop)
@@ -369,17 +403,19 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
         return len(data)
 
     def _next_bytes(self) -> bytes:
-        taken, length = self._link.next_with_length()
-        if self._parked:
-            self._taken_while_parked()
-        if isinstance(taken, Parcel):
-            return bytes(unpack_bytes(taken.body))
-        if isinstance(taken, End):
-            self._over(taken)
-            raise closed_error(taken)
-        data = bytes(memoryview(taken)[:length])
-        if type(taken) is bytearray:
-            spare_buffers.append(taken)
+        hand: Hand = []
+        try:
+            taken, length = self._link.next_with_length(hand)
+            if isinstance(taken, End) or (isinstance(taken, Parcel) and transferables(taken)):
+                ports = self._open(taken)[1]
+                for each in ports:
+                    each._undelivered()
+                raise MessageError(f"a message with {len(ports)} ports cannot be received as bytes; use recv()")
+            if self._parked:
+                self._taken_while_parked()
+            data = bytes(unpack_bytes(taken.body)) if isinstance(taken, Parcel) else bytes(memoryview(taken)[:length])
+        except BaseException as error:
+            self._fumbled(hand, error)
         return data
 
     @property
