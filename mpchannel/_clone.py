@@ -28,6 +28,7 @@ from typing import Any, ClassVar, Final, NamedTuple, Self
 
 from ._culprit import find_culprit
 from ._kernel import Descriptors
+from ._link import Buffer
 from ._wire import PICKLE, Parcel
 from .errors import DataCloneError, MessageError, PortDetachedError
 
@@ -398,6 +399,7 @@ def pack_bytes(data: memoryview) -> tuple[Sequence[Any], int]:
 def unpack(parcel: Parcel) -> tuple[Any, tuple[Any, ...]]:
     """(message, transferred objects). Raises ``MessageError``; then what came along was closed as undeliverable."""
     body, descriptors = parcel
+    descriptors.complete()  # may find no room for them: then the parcel is as it was
     arrived: list[Transferable] = []
     try:
         pickle_, buffers = _open(body, descriptors, arrived)
@@ -460,11 +462,12 @@ def unpack_bytes(body: memoryview) -> memoryview:
     return memoryview(pickle_)
 
 
-def message_error(error: BaseException, packet: bytearray | memoryview | Parcel) -> MessageError | None:
+def message_error(error: BaseException, packet: Buffer | memoryview | Parcel) -> MessageError | None:
     """What the user gets for a message that cannot be loaded; ``None`` if *error* is none of the message's."""
     if not _is_the_messages_own(error):
         return None
-    packed = bytes(packet.body if isinstance(packet, Parcel) else packet)
+    size = packet.size if isinstance(packet, Buffer) else None
+    packed = bytes(packet.body if isinstance(packet, Parcel) else memoryview(packet)[: size or None])
     return MessageError(f"a message cannot be loaded: {type(error).__name__}: {error}", packed)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import heapq
+import multiprocessing.process
 import multiprocessing.util
 import os
 import select
@@ -26,7 +27,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 from ._kernel import Bell, Socket
-from ._link import open_links
+from ._link import Link, open_links
 
 if TYPE_CHECKING:
     import asyncio
@@ -117,11 +118,15 @@ class _DeliveryThread:
 
     def watch(self, sock: Socket, client: Client, *, keep: bool) -> None:
         number = sock.fileno()
+        epoll = self._running()
         known = self._entries.get(number)
         self._entries[number] = _Entry(sock, client, keep)
-        epoll = self._running()
         if known is None:
-            epoll.register(number, select.EPOLLIN)
+            try:
+                epoll.register(number, select.EPOLLIN)
+            except OSError:
+                del self._entries[number]
+                raise
 
     def unwatch(self, sock: Socket) -> None:
         epoll = self._epoll
@@ -176,10 +181,18 @@ class _DeliveryThread:
                 epoll = select.epoll()
                 epoll.register(bell, select.EPOLLIN)
                 self._bell, self._epoll = bell, epoll
-            if self._thread is None and not self._stopping:
+            if self._thread is None and not self._stopping and not sys.is_finalizing():
                 # A daemon: ports never keep a program alive.
-                self._thread = threading.Thread(target=self._serve, name="mpchannel delivery", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._serve, name="mpchannel delivery", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:
+                    # From 3.12 on: the interpreter is shutting down (or the system has no thread to spare, which the
+                    # next listener will find out again).
+                    if not _at_exit.begun:
+                        raise
+                else:
+                    self._thread = thread
             return self._epoll
 
     def _serve(self) -> None:
@@ -196,16 +209,20 @@ class _DeliveryThread:
             for number, _ in ready:
                 if self._stopping:
                     break
-                entry = self._entries.get(number)
-                if entry is not None:
-                    _guarded(entry.turn)
-                    entry = None  # or this frame would hold the client and its socket until the next event
-                elif number == alarm:
-                    bell.hush()
-                    for _ in range(len(self._calls)):
-                        _guarded(self._calls.popleft())
+                if number != alarm:
+                    self._turn(number)
+                    continue
+                bell.hush()
+                for _ in range(len(self._calls)):
+                    _guarded(self._calls.popleft())
             while self._later and self._later[0][0] <= time.monotonic():
                 _guarded(heapq.heappop(self._later)[2])
+
+    def _turn(self, number: int) -> None:
+        # In a frame of its own: while this thread sleeps, nothing here may keep open a socket that was moved away.
+        entry = self._entries.get(number)
+        if entry is not None:
+            _guarded(entry.turn)
 
     def stop(self, patience: float) -> None:
         """End the thread, waiting for a listener that is running; it ends after that listener in any case."""
@@ -276,7 +293,6 @@ class _LoopHome:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)  # the loop's reader callbacks hold this object
-        self._thread = threading.get_ident()
         self._entries: dict[int, _Entry] = {}
         self._waiters: dict[int, list[asyncio.Future[None]]] = {}
         self._reading: dict[int, Socket] = {}  # what the loop was really told
@@ -339,22 +355,27 @@ class _LoopHome:
         loop = self._loop()
         return loop is not None and not loop.is_closed()
 
-    async def readable(self, sock: Socket) -> None:
-        """Wait until *sock* has something, or is released."""
-        loop = self._loop()
-        assert loop is not None
-        waiter = loop.create_future()
-        waiters = self._waiters.setdefault(sock.fileno(), [])
+    async def readable(self, link: Link) -> None:
+        """Wait until the link's socket has something, or is released."""
+        loop, sock = self._loop(), link.watched_by(self)
+        if loop is None or sock is None:
+            return
+        waiter, number = loop.create_future(), sock.fileno()
+        waiters = self._waiters.setdefault(number, [])
         waiters.append(waiter)
         self._update(sock)
+        sock = None  # an exception's traceback would keep it open after the port has moved away
         try:
-            await waiter
+            if link.open:  # else it was released while we were not yet known to wait
+                await waiter
         finally:
             if waiter in waiters:
                 waiters.remove(waiter)
-            if not waiters and self._waiters.get(sock.fileno()) is waiters:
-                del self._waiters[sock.fileno()]
-            self._update(sock)
+            if not waiters and self._waiters.get(number) is waiters:
+                del self._waiters[number]
+            reading = self._reading.get(number)
+            if reading is not None:
+                self._update(reading)
 
     def _soon(self, fn: Callable[[], Any]) -> None:
         loop = self._loop()
@@ -367,16 +388,23 @@ class _LoopHome:
 
     def _update(self, sock: Socket) -> None:
         # The closure keeps *sock* open until the loop has dropped it, so its number cannot be somebody else's by then.
-        if self.here or not self.usable:
+        if not self.usable:
+            self.abandon()
+        elif self.here:
             self._tell_loop(sock)
         else:
             self._soon(lambda: self._tell_loop(sock))
 
+    def abandon(self) -> None:
+        """The loop is over: keep no port alive and no socket open for it."""
+        self._entries.clear()
+        self._waiters.clear()
+        self._reading.clear()
+        self._tasks.clear()
+
     def _tell_loop(self, sock: Socket) -> None:
         loop, number = self._loop(), sock.fileno()
         if loop is None or loop.is_closed():
-            if self._reading.get(number) is sock:
-                del self._reading[number]  # or the socket would stay open as long as the loop object lives
             return
         entry = self._entries.get(number)
         mine = entry is not None and entry.sock is sock
@@ -412,6 +440,10 @@ def loop_home(loop: asyncio.AbstractEventLoop) -> _LoopHome:
     """The one home on this loop. Called in the loop's thread."""
     found = _loops.get(loop)
     if found is None:
+        for each, ended in list(_loops.items()):
+            if each.is_closed():  # listeners may refer to it, which would keep all of them for ever
+                ended.abandon()
+                del _loops[each]
         _loops[loop] = found = _LoopHome(loop)
     return found
 
@@ -444,18 +476,26 @@ def _when_continues(caller: FrameType, fn: Callable[[], None]) -> None:
     if tool is None:
         fn()
         return
-    forking, code, event = threading.get_ident(), caller.f_code, monitoring.events.INSTRUCTION
+    forking, code, events = threading.get_ident(), caller.f_code, monitoring.events
 
     def proceed(*_: object) -> None:
         if threading.get_ident() == forking:
             monitoring.set_local_events(tool, code, 0)
-            monitoring.register_callback(tool, event, None)
+            monitoring.set_events(tool, 0)
+            for event in (events.INSTRUCTION, events.RAISE):
+                monitoring.register_callback(tool, event, None)
             monitoring.free_tool_id(tool)
             fn()
 
-    monitoring.use_tool_id(tool, "mpchannel")
-    monitoring.register_callback(tool, event, proceed)
-    monitoring.set_local_events(tool, code, event)
+    try:
+        monitoring.use_tool_id(tool, "mpchannel")
+    except ValueError:  # another thread that forks was faster
+        fn()
+        return
+    for event in (events.INSTRUCTION, events.RAISE):
+        monitoring.register_callback(tool, event, proceed)
+    monitoring.set_local_events(tool, code, events.INSTRUCTION)
+    monitoring.set_events(tool, events.RAISE)  # the fork itself may have failed
 
 
 def after_fork_in_child() -> None:
@@ -465,6 +505,7 @@ def after_fork_in_child() -> None:
 
 def say_goodbye() -> None:
     """This process ends in order: stop dispatching, then tell the other ends of all its links."""
+    _at_exit.begun = True
     delivery_thread.stop(_STOP_PATIENCE)
     for link in open_links():
         link.close("exited", at_exit=True)
@@ -472,6 +513,8 @@ def say_goodbye() -> None:
 
 class _AtExit:
     """What multiprocessing calls in a child when its target returned. (It ends children without ``atexit``.)"""
+
+    begun = False
 
     def arm(self) -> None:
         # Before multiprocessing joins this process's own children: they may wait for our ports to close.
@@ -488,3 +531,5 @@ _at_exit = _AtExit()
 # Registered after multiprocessing's own handler, which joins children, so it runs before that one.
 atexit.register(say_goodbye)
 multiprocessing.util.register_after_fork(_at_exit, _AtExit.arm)
+if multiprocessing.process.parent_process() is not None:
+    _at_exit.arm()  # a child that meets this package only while it runs

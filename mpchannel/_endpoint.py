@@ -26,10 +26,10 @@ import weakref
 from functools import partial
 from typing import Any, Final, NoReturn, Self
 
-from ._clone import Departure, Entry, Transferable, loads, message_error, transferables, unpack
+from ._clone import Departure, Entry, Transferable, loads, message_error, unpack
 from ._delivery import TURNS, Home, home, loop_home
-from ._kernel import Descriptors, exit_code
-from ._link import Hand, Link, Loan, Taken, spare_buffers
+from ._kernel import Descriptors, Socket, crossing, exit_code
+from ._link import Buffer, Hand, Link, Loan, Taken, spare_buffers
 from ._wire import End, Parcel
 from .errors import ChannelError, DataCloneError, MessageError, PortClosedError
 from .events import CloseEvent, EventTarget, MessageErrorEvent, MessageEvent, _Listener
@@ -132,13 +132,18 @@ class Endpoint(EventTarget, Transferable):
         if isinstance(error, MessageError):
             raise error
         taken = hand[0] if hand else None
-        if isinstance(taken, Parcel) and transferables(taken):
+        if isinstance(taken, Parcel) and taken.descriptors.spent:
             raise error  # its ports were made, and closed, in vain
-        if taken is not None and not (type(taken) is bytearray and taken[0] == 0):
+        if taken is not None and not (type(taken) is Buffer and taken[0] == 0) and not isinstance(error, OSError):
             bad = message_error(error, taken)
             if bad is not None:
                 raise bad from error
         self._link.recover(hand)
+        # No readable socket tells of what was put back.
+        self._link.ring()
+        with self.lock:
+            if self._watched is Watched.FOR_MESSAGES and self._home is not None:
+                self._home.call(self.turn)
         raise error
 
     # Turns: taking and dispatching, at the home
@@ -169,12 +174,12 @@ class Endpoint(EventTarget, Transferable):
                     taken = link.take(hand) if row else self._take_if_over(hand)
             except ChannelError:
                 return  # closed or moved away meanwhile
-            except OSError as error:  # a limit of the system; nothing is lost, so tell and try again
+            except (OSError, MemoryError) as error:  # a limit of the system; nothing is lost, so tell and try again
+                link.recover(hand)
                 self._pause(_TROUBLE_PAUSE, error)
                 return
-            except BaseException:
-                link.recover(hand)
-                raise
+            except BaseException as error:
+                self._fumbled(hand, error)
             finally:
                 link.receiving.release()
             if taken is None:
@@ -219,10 +224,10 @@ class Endpoint(EventTarget, Transferable):
             row = self._listeners.get("messageerror", ())
             if not row:
                 at.report(bad, self.turn)
-        except MemoryError as no_memory:
-            self._pause(_TROUBLE_PAUSE, no_memory)
+        except (OSError, MemoryError) as error:
+            self._pause(_TROUBLE_PAUSE, error)
             return False
-        if type(taken) is bytearray:
+        if type(taken) is Buffer:
             spare_buffers.append(taken)
         results = self._dispatch(event, row, at.report)
         if results:
@@ -265,25 +270,31 @@ class Endpoint(EventTarget, Transferable):
 
     def _watch(self, wanted: Watched | None = None) -> None:
         """Have the home watch the socket as is now *wanted*. Under ``lock``."""
+        link = self._link
         if wanted is None:
             wanted = self._wanted()
-            self._parked = False
+            if self._parked:
+                self._parked = False
+                link.ring()  # whoever waits for the close behind a message must ask to be told again
         if wanted is self._watched is Watched.NOT:
             return
         at = self._usable_home()
         if wanted is self._watched:
             return
-        link = self._link
-        self._watched = wanted
         sock = link.watched_by(at)
         if sock is None:
-            return
-        if wanted:
+            self._watched = Watched.NOT
+        elif wanted:
             at.watch(sock, self, keep=wanted is Watched.FOR_MESSAGES)
+            self._watched = wanted
             if not link.open:
                 at.forget(sock)  # released by another thread in between; it could not know of us
+            elif link.recovered:
+                at.call(self.turn)
         else:
+            self._watched = Watched.NOT
             at.unwatch(sock)
+            link.ring()  # whoever waits for the close slept because it was watched for
 
     def _taken_while_parked(self) -> None:
         """A message was taken; maybe it was the one in the way. Looking each time would cost as much as a message."""
@@ -457,8 +468,8 @@ class Endpoint(EventTarget, Transferable):
         return [(id(link), 0, link.receiving), (id(link), 1, link.sending)]
 
     def _pack_up(self) -> Entry:
-        luggage, number = self._link.pack_up()
-        return Entry(self._code, luggage, (number,))
+        luggage, sock = self._link.pack_up()
+        return Entry(self._code, luggage, (sock.fileno(),))
 
     def _left(self, departure: Departure, pid: int | None, *, lost: bool = False, tell: bool = False) -> None:
         """This port was moved away; *lost*: to where nobody will receive it. *tell* the other end who holds it now."""
@@ -476,36 +487,41 @@ class Endpoint(EventTarget, Transferable):
 
     @classmethod
     def _arrive(cls, luggage: memoryview | bytes, descriptors: Descriptors) -> Self:
-        return cls._of(Link.unpack(descriptors.claim_socket(), luggage))
+        with crossing:
+            return cls._of(Link.unpack(descriptors.claim_socket(), luggage))
 
     def _undelivered(self) -> None:
         self._left(Departure("lost with a message that could not be loaded"), None, lost=True)
 
     # Crossing into a process
 
-    def _lend(self, loan: Loan) -> tuple[bytes, int]:
-        """A process is being started that this port is given to. Take nothing until that succeeded or failed."""
+    def _lend(self, loan: Loan) -> tuple[bytes, Socket]:
+        """A process is being started that this port is given to. Take nothing until that succeeded or failed.
+
+        The socket is to be held until then: it must not close, even if the port does.
+        """
         link = self._link
         with link.receiving, link.sending:
             self._check_movable("the argument")
-            luggage, number = link.pack_up()
+            luggage, sock = link.pack_up()
             link.lend(loan)
         with self.lock:
             self._watch()
-        return luggage, number
+        return luggage, sock
 
     def _given_back(self) -> None:
-        """The start failed: nothing happened."""
-        with self._link.receiving:
-            self._link.lend(None)
-        with self.lock:
-            self._watch()
+        """The start failed: nothing happened. Takes no lock: it may be a finaliser that tells."""
+        self._link.lend(None)
         self._link.ring()
+        if self._home is not None:
+            self._home.call(partial(_look_again, weakref.ref(self)))
 
     def _given_to(self, process: str, pid: int) -> None:
         """The start succeeded: the port is the child's."""
         link = self._link
         with link.receiving, link.sending:
+            if not link.open:
+                return  # closed meanwhile, which is what the child finds
             self._left(Departure(f"given to {process}, pid {pid},"), pid, tell=True)
 
     def _start_over(self) -> None:

@@ -19,6 +19,7 @@ import struct
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
@@ -122,7 +123,7 @@ def _count_descriptors(limit: int) -> int:
 
 
 class Socket(socket.SocketType):
-    """One end of a socket pair. Closed when its last reference goes, never by hand.
+    """One end of a socket pair. Closed when its last reference goes, never by hand (but in a forked child).
 
     So a thread that is inside a call on it (a bound method on its stack) keeps the descriptor's number from being
     given to something else, without a counter.
@@ -162,51 +163,86 @@ def renew(sock: Socket) -> Socket:
     return _own(sock.detach())
 
 
-class Descriptors:
-    """Descriptors that came with a packet and that nobody has claimed yet; closes what is left."""
+loose: weakref.WeakSet[Descriptors | Memory | Bell] = weakref.WeakSet()
+"""What holds descriptors and may be in the hands of any thread. A forked child closes them: frames of threads that it
+did not inherit would hold them for ever. (Sockets are held by links, which see to that themselves.)"""
 
-    __slots__ = ("_numbers",)
+
+class Descriptors:
+    """Descriptors that came with a packet and that nobody has claimed yet; closes what is left.
+
+    Those of an envelope are taken out when ``complete`` is called, which needs room for all of them.
+    """
+
+    __slots__ = ("__weakref__", "_awaited", "_envelope", "_numbers", "spent")
 
     def __init__(self, numbers: Sequence[int] = ()) -> None:
         self._numbers = list(numbers)
+        self._envelope: Socket | None = None
+        self._awaited = 0
+        self.spent = False  # somebody began to make things of them
+        if numbers:
+            loose.add(self)
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     def claim_socket(self) -> Socket:
-        """The next one, as a socket. Raises ``OSError`` if it is none."""
-        with crossing:
-            sock = _own(self._numbers[0])
-            del self._numbers[0]
-        return sock
+        """The next one, as a socket. Raises ``OSError`` if it is none. (Under ``crossing`` until a link owns it.)"""
+        number, self._numbers = self._numbers[0], self._numbers[1:]  # better lost than owned twice
+        return _own(number)
 
     def claim_memory(self) -> Memory:
-        """The next one, as memory. Raises ``OSError`` if it cannot be sealed memory."""
-        with crossing:
-            memory = Memory(self._numbers[0])
-            del self._numbers[0]
-        return memory
+        """The next one, as memory."""
+        number, self._numbers = self._numbers[0], self._numbers[1:]
+        return Memory(number)
 
     def take(self, count: int) -> Descriptors:
         """The next *count* of them, in an owner of their own."""
         if count > len(self._numbers):
             raise ValueError(f"{count} descriptors were announced and {len(self._numbers)} came")
-        some = Descriptors()
-        some._numbers, self._numbers = self._numbers[:count], self._numbers[count:]
+        self.spent = True
+        some = Descriptors(self._numbers[:count])
+        del self._numbers[:count]
         return some
 
+    def expect_envelope(self, count: int) -> None:
+        """The next one is an envelope with *count* descriptors."""
+        self._envelope, self._awaited = self.claim_socket(), count
+
+    def complete(self) -> None:
+        """Take what is in the envelope. Raises ``OSError(EMFILE)`` if there is no room, and can be called again."""
+        envelope, mark = self._envelope, bytearray(1)
+        while envelope is not None and len(self._numbers) < self._awaited:
+            size, some = receive_with(envelope, mark, NOW | PEEK)
+            if not size or not some._numbers:
+                raise ValueError("an envelope holds fewer descriptors than announced")
+            envelope.recv_into(mark, 1, NOW)
+            self._numbers += some._numbers
+            some._numbers = []
+        self._envelope = None
+
     def sockets(self) -> Iterator[Socket]:
-        """Claim all; give the sockets among them, close the others."""
+        """Claim all, without waiting for room: give the sockets, and end what is memory."""
+        if self._envelope is not None:
+            yield self._envelope
         while self._numbers:
             if stat.S_ISSOCK(os.fstat(self._numbers[0]).st_mode):
                 yield self.claim_socket()
             else:
-                self.claim_memory()
+                try:
+                    self.claim_memory().seal(SEAL_GROW)  # whoever still writes there must learn that nobody reads
+                except OSError as error:
+                    if error.errno not in (errno.EINVAL, errno.EPERM):  # no memory at all, or sealed for good
+                        raise
 
     def close(self) -> None:
         numbers, self._numbers = self._numbers, []
         for number in numbers:
             os.close(number)
+        envelope, self._envelope = self._envelope, None
+        if envelope is not None:
+            envelope.close()
 
     __del__ = close
 
@@ -248,24 +284,6 @@ def enclose(numbers: Sequence[int]) -> Socket:
     for start in range(0, len(numbers), MAX_DESCRIPTORS):
         send_with(near, (b"+",), numbers[start : start + MAX_DESCRIPTORS])
     return far
-
-
-def disclose(envelope: Socket, count: int) -> Descriptors:
-    """The descriptors of an envelope. Raises ``OSError`` before any is taken if this process has no room for them."""
-    spare = Descriptors()
-    found = Descriptors()
-    try:
-        while len(spare) < count:
-            spare._numbers.append(os.dup(envelope.fileno()))
-    except OSError as error:
-        raise explain(error, f"receive {count} descriptors that came with a message") from error
-    finally:
-        spare.close()
-    while len(found) < count:
-        _, some = receive_with(envelope, bytearray(1), NOW)
-        found._numbers += some._numbers
-        some._numbers = []
-    return found
 
 
 def queued(sock: Socket) -> int:
@@ -316,18 +334,19 @@ def wait_readable(sock: Socket | None, bell: Bell, seconds: float | None) -> Non
     if sock is not None:
         poller.register(sock, select.POLLIN)
     poller.register(bell, select.POLLIN)
-    poller.poll(None if seconds is None else max(0.0, seconds * 1000))
+    poller.poll(None if seconds is None else min(max(0.0, seconds), 86_400) * 1000)  # the kernel's limit is 24 days
 
 
 class Bell:
     """Wakes one waiting thread from any other, or from a signal handler (an eventfd)."""
 
-    __slots__ = ("_number",)
+    __slots__ = ("__weakref__", "_number")
 
     def __init__(self) -> None:
         self._number = -1
         with crossing:
             self._number = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            loose.add(self)
 
     def fileno(self) -> int:
         return self._number
@@ -356,10 +375,11 @@ class Bell:
 class Memory:
     """A piece of anonymous memory with a descriptor (memfd): no name, not in /dev/shm, gone with its last holder."""
 
-    __slots__ = ("_number",)
+    __slots__ = ("__weakref__", "_number")
 
     def __init__(self, number: int) -> None:
         self._number = number
+        loose.add(self)
 
     @classmethod
     def create(cls) -> Memory:
@@ -446,11 +466,21 @@ class Memory:
     def offset(self, position: int) -> None:
         os.lseek(self._number, position, os.SEEK_SET)
 
+    @property
+    def open(self) -> bool:
+        return self._number >= 0
+
     def seal(self, seals: int) -> None:
         fcntl.fcntl(self._number, fcntl.F_ADD_SEALS, seals)
 
     def sealed(self, seals: int) -> bool:
-        return fcntl.fcntl(self._number, fcntl.F_GET_SEALS) & seals == seals
+        """Whether all of *seals* are set (never on what is no memory at all)."""
+        try:
+            return fcntl.fcntl(self._number, fcntl.F_GET_SEALS) & seals == seals
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return False
 
     def discard(self, start: int, end: int) -> None:
         """Give the pages between two offsets (multiples of the page size) back to the system."""

@@ -32,6 +32,7 @@ from ._kernel import (
     Descriptors,
     Memory,
     Socket,
+    crossing,
     enclose,
     explain,
     hung_up,
@@ -85,15 +86,27 @@ _NO_ROOM: Final = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EMSGSIZE)
 
 GONE: Final = (BrokenPipeError, ConnectionResetError)
 
-spare_buffers: list[bytearray] = []
-"""For receiving. Whoever takes a bare pickle in a ``bytearray`` owns it until he puts it here again."""
-_links: dict[int, weakref.ref[Link]] = {}  # every open link of this process, by id()
+# Every open link of this process, by id(). With its socket: what is referred to from here is not finalised with the
+# garbage a link may be part of, so the link can still say goodbye.
+_links: dict[int, tuple[weakref.ref[Link], Socket]] = {}
+_this_process = os.getpid()
 _channel_prefix = os.urandom(8)
 _channel_numbers = itertools.count()
 
 
-Taken = bytearray | memoryview | Parcel | End
-"""What ``take`` gives: a bare pickle (a ``bytearray`` is one of ``spare_buffers``), a parcel, the end."""
+class Buffer(bytearray):
+    """Where a packet is received; it knows how much of it that packet is."""
+
+    __slots__ = ("size",)
+
+    size: int
+
+
+spare_buffers: list[Buffer] = []
+"""Whoever takes a bare pickle in a ``Buffer`` owns that until he puts it here again."""
+
+Taken = Buffer | memoryview | Parcel | End
+"""What ``take`` gives: a bare pickle (in a buffer of ours, or elsewhere), a parcel, the end."""
 
 
 Hand = list[Any]
@@ -105,6 +118,10 @@ class Watcher(Protocol):
 
     def forget(self, sock: Socket) -> None:
         """Stop waiting on *sock*, which is being released. Any thread; also from a finaliser."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether it still waits on anything."""
 
 
 class Loan(Protocol):
@@ -118,17 +135,30 @@ class Loan(Protocol):
 def open_pair() -> tuple[Link, Link]:
     """Two new links, connected. Raises ``OSError`` (limits) or ``NotImplementedError`` (not this system)."""
     require()
-    one, two = socket_pair()
-    channel = _channel_prefix + next(_channel_numbers).to_bytes(4, "little")
-    pid = os.getpid()
-    first, second = Link(one, channel, 1, pid), Link(two, channel, 2, pid)
+    with crossing:
+        one, two = socket_pair()
+        channel = _channel_prefix + next(_channel_numbers).to_bytes(4, "little")
+        first = Link(one, channel, 1, _this_process)
+        second = Link(two, channel, 2, _this_process)
     first.twin, second.twin = weakref.ref(second), weakref.ref(first)
     return first, second
 
 
 def open_links() -> list[Link]:
     """Every open link of this process."""
-    return [link for reference in list(_links.values()) if (link := reference()) is not None]
+    return [link for reference, _ in list(_links.values()) if (link := reference()) is not None]
+
+
+def begin_in_child() -> list[Link]:
+    """In a forked child, at once: the links that were inherited. Their sockets are still open."""
+    global _this_process, _channel_prefix
+    _this_process = os.getpid()
+    _channel_prefix = os.urandom(8)
+    for key, (reference, sock) in list(_links.items()):
+        if reference() is None:
+            sock.close()  # its link went with the state of a thread that is not here
+            del _links[key]
+    return open_links()
 
 
 @final
@@ -152,7 +182,6 @@ class Link:
         "_sock",
         "_timed",
         "channel",
-        "length",
         "lent",
         "owner",
         "peer_pid",
@@ -172,7 +201,6 @@ class Link:
         self.channel = channel  # 12 bytes, the same at both ends and nowhere else
         self.side = side  # 1 or 2: which of the two
         self.peer_pid = peer_pid  # last process known to hold the other end
-        self.length = 0  # bytes of the packet taken last
         self.lent: Loan | None = None
         self.owner: weakref.ref[Any] | None = None
         self.twin: weakref.ref[Link] | None = None  # the other end, as long as neither has moved
@@ -188,11 +216,13 @@ class Link:
         self._bells: list[Bell] = []
         self._hot = False
         self._timed = False
-        _links[id(self)] = weakref.ref(self)
+        _links[id(self)] = weakref.ref(self), sock
 
     def __del__(self) -> None:
-        if self._sock is not None:
+        if self._sock is not None and os.getpid() == _this_process:
             self.close("collected")
+        # Else: a child was forked a moment ago and lost the state of the parent's other threads, even before any
+        # at-fork hook. The channel is the parent's; begin_in_child() closes the copy.
 
     @property
     def open(self) -> bool:
@@ -280,7 +310,10 @@ class Link:
         memory = None
         for _ in range(_ROOM_TRIES):
             try:
-                if size > INLINE_MAX and memory is None and queued(sock) < send_limit(sock):
+                if size > INLINE_MAX and memory is None:
+                    if queued(sock) >= send_limit(sock):
+                        os.sched_yield()
+                        continue
                     memory = Memory.create()
                     memory.write(parts, 0)
                     memory.seal(SEAL_SHRINK)
@@ -289,9 +322,8 @@ class Link:
                     self._send_described(sock, (CARRIER_HEAD.pack(CARRIER, flags, count, size), *parts), numbers, sent)
                     self._bodies += size if memory is not None else 0
                     return True
-                if size <= INLINE_MAX:
-                    send_with(sock, parts, ())
-                    return True
+                send_with(sock, parts, ())
+                return True
             except OSError as error:
                 if error.errno == errno.ETOOMANYREFS and not count:
                     return False  # plain data must not use up the user's descriptors in flight
@@ -323,10 +355,16 @@ class Link:
         numbers = [outbox.memory.fileno()]
         if outbox.far_lane is not None:
             numbers.append(outbox.far_lane.fileno())
-        with roomier(sock):
-            self._send_described(sock, (ANNOUNCEMENT,), numbers, sent)
-        outbox.far_lane = None
+        # Set before it is announced: who posts without the lock, and behind the announcement, must see it.
         self._outbox = outbox
+        announced: list[int] = [] if sent is None else sent
+        try:
+            with roomier(sock):
+                self._send_described(sock, (ANNOUNCEMENT,), numbers, announced)
+        finally:
+            outbox.far_lane = None
+            if not announced:
+                self._outbox = None
 
     def _leave_outbox(self) -> None:
         """What is posted from now on goes through the socket, behind the overflow file."""
@@ -362,11 +400,11 @@ class Link:
         try:
             buffer = spare_buffers.pop()
         except IndexError:
-            buffer = bytearray(_BUFFER)
-        buffer[0] = 0
+            buffer = Buffer(_BUFFER)
+        buffer[0] = buffer.size = 0
         hand.append(buffer)
         try:
-            size = self.length = self._recv_into(buffer, 0, flags)
+            size = buffer.size = self._recv_into(buffer, 0, flags)
         except BlockingIOError:
             hand.clear()
             spare_buffers.append(buffer)
@@ -388,32 +426,40 @@ class Link:
         """Put back what an exception left in a hand."""
         with self.receiving:
             for taken in hand:
-                if type(taken) is bytearray and taken[0] != PICKLE:
-                    if taken[0] == 0 or self._keep_house(taken, len(taken)):
+                if type(taken) is Buffer and taken[0] != PICKLE:
+                    size = taken.size or len(taken)  # the exception came before its size was noted
+                    if taken[0] == 0 or self._keep_house(taken, size):
                         continue  # nothing had come, or nothing with a message
-                    taken = Parcel(memoryview(taken), Descriptors())
+                    taken = Parcel(memoryview(taken)[:size], Descriptors())
                 self._slow = True
                 self._back.appendleft(taken)
             hand.clear()
 
+    @property
+    def recovered(self) -> bool:
+        """Whether something was put back: no readable socket tells of it."""
+        return bool(self._back)
+
     def _keep_house(self, buffer: bytearray | memoryview, size: int) -> bool:
         """Note what a packet without a message says. ``False`` if it has a message."""
         kind = buffer[0] if size else 0
-        if not size:
-            if self._sock is None:
-                self._recv_into()  # raises: it was closed or moved away here, while we looked at it
-            self._end = End("died", self.peer_pid)
-        elif kind == CLOSE:
-            _, reason, pid = PROCESS.unpack_from(buffer)
-            self._end = End(REASONS[min(reason, len(REASONS) - 1)], pid)
+        if not size or kind == CLOSE:
+            end = self._end_told_by(buffer, size)
+            self._slow, self._end = True, end
         elif kind == HEADS_UP:
-            self._expected += 1
+            self._slow, self._expected = True, self._expected + 1
         elif kind == HELD:
             self.peer_pid = PROCESS.unpack_from(buffer)[2]
         else:
             return False
-        self._set_pace()
         return True
+
+    def _end_told_by(self, buffer: bytearray | memoryview, size: int) -> End:
+        if not size:
+            self._socket()  # raises if it was closed or moved away here, while we looked at it
+            return End("died", self.peer_pid)
+        _, reason, pid = PROCESS.unpack_from(buffer)
+        return End(REASONS[min(reason, len(REASONS) - 1)], pid)
 
     def _set_pace(self) -> None:
         self._slow = bool(self._back or self._expected or self._end or self.lent)
@@ -422,49 +468,54 @@ class Link:
         """``take`` while something is put back, announced, over or lent."""
         while True:
             if self._back:
-                packet = self._back[0]
-                self.length = len(packet.body if isinstance(packet, Parcel) else packet)
                 # Two statements without a call: no signal handler runs between them.
-                hand += (packet,)
+                hand += (self._back[0],)
                 del self._back[0]
-                return packet
+                taken: Taken = hand[0]
+                return taken
             if self.lent is not None and self.lent.pending:
                 return None
             if self._end is not None:
                 return self._end
             if self._inbox is not None:
-                taken = self._take_overflowed(self._inbox, hand)
-                if taken is not None or self._inbox is not None:
-                    return taken
+                found = self._take_overflowed(self._inbox, hand)
+                if found is not None or self._inbox is not None:
+                    return found
             elif not self._expected:
                 self._set_pace()
-                return self.take(hand, flags)
+                return self._take_plainly(hand, flags)
             else:
-                taken = self._look(hand, flags)
-                if taken is not None or self._inbox is None:
-                    return taken
+                found = self._look(hand, flags)
+                if found is not None or self._inbox is None:
+                    return found
 
     def _look(self, hand: Hand, flags: int) -> Taken | None:
         """Take the next packet off the socket only when its descriptors are safe in hand."""
         sock = self._socket()
-        buffer = bytearray(_BUFFER)
+        buffer = spare_buffers.pop() if spare_buffers else Buffer(_BUFFER)
         try:
-            self.length, descriptors = receive_with(sock, buffer, flags | PEEK)
+            if not flags:
+                sock.recv_into(buffer, 1, PEEK)  # waits here, where no descriptors come: that must not take time
+            size, descriptors = receive_with(sock, buffer, NOW | PEEK)
         except BlockingIOError:
+            spare_buffers.append(buffer)
             return None
         except ConnectionResetError:
             return self._look(hand, flags)
-        kind = buffer[0] if self.length else 0
-        if kind == ANNOUNCE:
+        kind = buffer[0] if size else 0
+        if kind not in (ANNOUNCE, CARRIER):
+            spare_buffers.append(buffer)
+            return self._take_plainly(hand, NOW)
+        if kind == CARRIER:
+            parcel = unwrap(memoryview(buffer)[:size], descriptors)
+            spare_buffers.append(buffer)
+        else:
+            spare_buffers.append(buffer)
             try:
                 self._inbox = Inbox(descriptors)
                 return None
             except (OSError, IndexError):
                 parcel = Parcel(memoryview(b""), descriptors)  # no overflow file at all: it will not load
-        elif kind == CARRIER:
-            parcel = unwrap(memoryview(buffer)[: self.length], descriptors)
-        else:
-            return self._take_plainly(hand, NOW)
         # One call that takes the packet off and, if it did, puts the parcel in hand.
         hand.extend(itertools.compress((parcel,), map(sock.recv_into, (bytearray(1),), (0,), (NOW,))))
         self._expected = max(0, self._expected - 1)
@@ -490,17 +541,25 @@ class Link:
             del inbox.ahead[0]
         if descriptors is not None:
             inbox.drop_aside()
-        self.length = len(packet)
         self._leave_if_exhausted(inbox, found_nothing=False)
         return self._take_slowly(hand, NOW) if taken is None else taken
 
     def _leave_if_exhausted(self, inbox: Inbox, found_nothing: bool) -> None:
         # At once when the last packet is taken, so that "readable" means that a message is there.
-        if inbox.exhausted(writer_gone=found_nothing and hung_up(self._socket())):
-            self._inbox = None
-            self._expected = max(0, self._expected - 1)
-            self._set_pace()
-            self._socket().recv_into(bytearray(8), 0, NOW)  # the announcement: the socket has the rest
+        sock = self._socket()
+        if not inbox.exhausted(writer_gone=found_nothing and hung_up(sock)):
+            return
+        taken_off: list[int] = []
+        try:
+            # The announcement; the socket has the rest. (A reset comes first, and once, if the other end died.)
+            try:
+                taken_off.extend(map(sock.recv_into, (bytearray(8),), (0,), (NOW,)))
+            except ConnectionResetError:
+                taken_off.extend(map(sock.recv_into, (bytearray(8),), (0,), (NOW,)))
+        finally:
+            if taken_off:
+                self._inbox, self._expected = None, max(0, self._expected - 1)
+        self._set_pace()
 
     def _socket(self) -> Socket:
         sock = self._sock
@@ -533,10 +592,11 @@ class Link:
                 return False
             except ConnectionResetError:
                 continue
+            if not size or peek[0] == CLOSE:
+                return self._end_told_by(peek, size)  # left where it is: it moves with the link
             if not self._keep_house(peek, size):
                 return True
-            if size:
-                sock.recv_into(peek, 0, NOW)
+            sock.recv_into(peek, 0, NOW)
 
     # Waiting
 
@@ -561,20 +621,10 @@ class Link:
                 return taken
             self.wait(deadline)
 
-    def next_with_length(self, hand: Hand) -> tuple[Taken, int]:
-        """``next``, and the packet's length. (``length`` alone may already be that of another thread's packet.)"""
-        while True:
-            with self.receiving:
-                taken = self._take_soon(hand)
-                length = self.length
-            if taken is not None:
-                return taken, length
-            self.wait(None)
-
     def watched_by(self, watcher: Watcher) -> Socket | None:
         """The socket for *watcher* to wait on; it is told to ``forget`` it at its release. ``None``: it is released."""
         if self._sock is not None and watcher not in self.watchers:
-            self.watchers += (watcher,)
+            self.watchers = (*(each for each in self.watchers if each.usable), watcher)
         return self._sock
 
     @property
@@ -621,18 +671,16 @@ class Link:
             return
         self._bells.append(bell)
         try:
-            sock = self._sock
-            if sock is None:
+            if self._sock is None or self._back:
                 return
             if asleep_while is not None:
-                if not asleep_while():
-                    return
-                wait_readable(None, bell, seconds)
+                if asleep_while():
+                    wait_readable(None, bell, seconds)
             elif self._inbox is not None:
                 # A large record is being written; the socket is readable all the while.
                 wait_readable(None, bell, 0.0005)
             else:
-                wait_readable(None if self.lent is not None else sock, bell, seconds)
+                wait_readable(None if self.lent is not None else self._sock, bell, seconds)
         finally:
             self._bells.remove(bell)
 
@@ -678,35 +726,39 @@ class Link:
         if sock is not None:
             self._let_go(sock)
 
-    def pack_up(self) -> tuple[bytes, int]:
-        """What another process needs to go on with this link: some bytes, and the descriptor.
+    def pack_up(self) -> tuple[bytes, Socket]:
+        """What another process needs to go on with this link: some bytes, and a descriptor.
 
         The caller holds both locks. The link stays usable, so a handoff that fails needs no undoing.
         """
+        if self._end is not None:
+            raise DataCloneError("the channel of this port is closed, which its holder is just being told")
         back = []
         for packet in self._back:
             if isinstance(packet, Parcel):
                 raise DataCloneError(
                     "a message with ports was about to be received here when a signal handler raised; receive it first"
                 )
-            back.append(len(packet).to_bytes(4, "little") + packet)
+            body = memoryview(packet)[: packet.size or None] if isinstance(packet, Buffer) else packet
+            back.append(b"".join((len(body).to_bytes(4, "little"), body)))
         self._leave_outbox()
         if self._inbox is not None:
             self._inbox.rewind()
             self._inbox = None
-        head = HANDOFF.pack(self.channel, self.side, self.peer_pid or 0, self._expected, len(self._back))
-        return b"".join((head, *back)), self._socket().fileno()
+        head = HANDOFF.pack(self.channel, self.side, self.peer_pid or 0, self._expected, self._owes, len(back))
+        return b"".join((head, *back)), self._socket()
 
     def lend(self, loan: Loan | None) -> None:
         """A process is being started that may take this link over: take nothing meanwhile. ``None``: it did not."""
         self.lent = loan
-        self._set_pace()
+        self._slow = True  # whoever takes next finds out
 
     @staticmethod
     def unpack(sock: Socket, luggage: bytes | memoryview) -> Link:
         """The link that ``pack_up`` packed, at its new holder. Raises ``struct.error`` for what is none."""
-        channel, side, pid, expected, count = HANDOFF.unpack_from(luggage)
+        channel, side, pid, expected, owes, count = HANDOFF.unpack_from(luggage)
         link = Link(sock, channel, side, pid or None, expected)
+        link._owes = bool(owes)
         at, back = HANDOFF.size, []
         for _ in range(count):
             size = int.from_bytes(luggage[at : at + 4], "little")
@@ -719,13 +771,11 @@ class Link:
         """The link went to another holder: let go without a word. Posting and taking raise *error* from now on."""
         with self.receiving, self.sending:
             sock = self._sock
-            if sock is None:
-                return
             self._leave_outbox()
-            refuse = _refuse(error)
-            self._release(refuse, error)
+            self._release(_refuse(error), error)
             self._drop_received()
-        self._let_go(sock)
+        if sock is not None:
+            self._let_go(sock)
 
     def stay_behind(self, error: Callable[[], Exception]) -> None:
         """In a forked child that was not given this link: close the copy, and nothing else."""
@@ -746,6 +796,7 @@ class Link:
     def copy_after_fork(self) -> Link:
         """In a forked child that was given this link: the same, with locks and waiters of its own."""
         link = Link(renew(self._socket()), self.channel, self.side, self.peer_pid, self._expected)
+        link._owes = self._owes
         link.recover(list(self._back)[::-1])
         self.stay_behind(_closed_here)
         return link

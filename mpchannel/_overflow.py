@@ -2,7 +2,8 @@
 
 A record is 8 bytes (size << 2 | flags) and a packet. The reader's position is the file offset, which travels with the
 descriptor; the writer writes at positions of its own and never touches that offset. Descriptors of a record ride in a
-side lane (a socket pair), marked with the record's position.
+side lane (a socket pair), with a ticket that stands before the packet too. (A ticket is used once. Positions would not
+do: a post that failed behind its descriptors leaves the position to the next.)
 
     writer   appends, until a write fails with EPERM: all before it was read, so back to the socket
     reader   reads to the end, seals the file against growing, looks once more, and leaves it
@@ -35,6 +36,7 @@ from ._kernel import (
 )
 
 _HEADER: Final = struct.Struct("<Q")
+_TICKET: Final = struct.Struct("<Q")
 _WITH_DESCRIPTORS: Final = 1
 _VOID: Final = 2  # in place of a record that could not be written whole
 _CHUNK: Final = 256 * 1024  # bytes read at a time: some 3,000 small messages for one call
@@ -47,7 +49,7 @@ _PATIENCE: Final = 64  # appends between two looks whether the reader still live
 class Outbox:
     """The writer's side of one file."""
 
-    __slots__ = ("_appends", "_end", "_lane", "far_lane", "memory")
+    __slots__ = ("_appends", "_end", "_lane", "_tickets", "far_lane", "memory")
 
     def __init__(self, *, with_lane: bool) -> None:
         self.memory = Memory.create()
@@ -57,6 +59,7 @@ class Outbox:
             self._lane, self.far_lane = socket_pair()
         self._end = 0
         self._appends = 0
+        self._tickets = 0
 
     def append(self, parts: Sequence[Any], size: int, numbers: Sequence[int], sent: list[int] | None) -> bool:
         """Write a record. ``False`` if this file cannot take it: sealed by the reader, or its lane is full or missing.
@@ -65,9 +68,14 @@ class Outbox:
         record is in the file, also when an exception of a signal handler flies out of this call.
         """
         at = self._end
-        if numbers and not self._send_aside(at, numbers):
-            return False
-        header = _HEADER.pack(size << 2 | (_WITH_DESCRIPTORS if numbers else 0))
+        if numbers:
+            self._tickets += 1
+            if not self._send_aside(numbers):
+                return False
+            size += _TICKET.size
+            header = _HEADER.pack(size << 2 | _WITH_DESCRIPTORS) + _TICKET.pack(self._tickets)
+        else:
+            header = _HEADER.pack(size << 2)
         pieces = (b"".join((header, *parts)),) if size < _JOIN_BELOW else (header, *parts)
         try:
             self.memory.write(pieces, at)
@@ -95,11 +103,11 @@ class Outbox:
             self.memory.write((_HEADER.pack(void << 2 | _VOID),), at)
             self._end = at + 8 + void
 
-    def _send_aside(self, at: int, numbers: Sequence[int]) -> bool:
+    def _send_aside(self, numbers: Sequence[int]) -> bool:
         if self._lane is None:
             return False
         try:
-            send_with(self._lane, (_HEADER.pack(at),), numbers)
+            send_with(self._lane, (_TICKET.pack(self._tickets),), numbers)
         except BlockingIOError:
             return False
         except (BrokenPipeError, ConnectionResetError):
@@ -120,11 +128,12 @@ class Outbox:
 
     @property
     def sealed(self) -> bool:
-        return self.memory.sealed(SEAL_GROW)
+        return not self.memory.open or self.memory.sealed(SEAL_GROW)
 
     def seal(self) -> None:
         """No more records: what follows goes through the socket, behind this file."""
-        self.memory.seal(SEAL_GROW)
+        if self.memory.open:  # a collection of garbage may have finalised it before its link
+            self.memory.seal(SEAL_GROW)
 
 
 @final
@@ -141,8 +150,8 @@ class Inbox:
             raise OSError(errno.EINVAL, "an overflow file must be sealed against shrinking")
         self._parsed = self._memory.offset
         self._given_back = -(-self._parsed // PAGE) * PAGE
-        # Records read and not yet taken: (position, packet, has descriptors). The reader deletes what he takes.
-        self.ahead: deque[tuple[int, memoryview, bool]] = deque()
+        # Records read and not yet taken: (position, packet, ticket or 0). The reader deletes what he takes.
+        self.ahead: deque[tuple[int, memoryview, int]] = deque()
 
     def first(self) -> tuple[memoryview, Descriptors | None] | None:
         """The next packet with (copies of) its descriptors, left in its place; ``None`` if no whole record is there.
@@ -154,8 +163,8 @@ class Inbox:
             self._read()
             if not self.ahead:
                 return None
-        position, packet, described = self.ahead[0]
-        return packet, self._aside(position) if described else None
+        _, packet, ticket = self.ahead[0]
+        return packet, self._aside(ticket) if ticket else None
 
     def drop_aside(self) -> None:
         """The packet that ``first`` gave was taken away: its descriptors go too."""
@@ -181,32 +190,34 @@ class Inbox:
         if len(data) < first <= unread:
             data = self._memory.read(first, self._parsed)
         view = memoryview(data)
-        found: deque[tuple[int, memoryview, bool]] = deque()
+        found: deque[tuple[int, memoryview, int]] = deque()
         at, end, start = 0, len(data), self._parsed
         while at + 8 <= end:
             word = _HEADER.unpack_from(data, at)[0]
             stop = at + 8 + (word >> 2)
             if stop > end:
                 break
-            if not word & _VOID:
-                found.append((start + at, view[at + 8 : stop], bool(word & _WITH_DESCRIPTORS)))
+            if word & _WITH_DESCRIPTORS:
+                found.append((start + at, view[at + 16 : stop], _TICKET.unpack_from(data, at + 8)[0]))
+            elif not word & _VOID:
+                found.append((start + at, view[at + 8 : stop], 0))
             at = stop
         self.ahead, self._parsed = found, start + at  # together: a signal handler may raise at any call above
 
-    def _aside(self, position: int) -> Descriptors | None:
+    def _aside(self, ticket: int) -> Descriptors | None:
         mark = bytearray(8)
         while self._lane is not None:
             try:
                 _, descriptors = receive_with(self._lane, mark, NOW | PEEK)
             except BlockingIOError:
                 break
-            found = _HEADER.unpack(mark)[0]
-            if found == position:
+            found = _TICKET.unpack(mark)[0]
+            if found == ticket:
                 return descriptors
             descriptors.close()
-            if found > position:
+            if found > ticket:
                 break
-            self._lane.recv_into(mark, 8, NOW)  # left by a post that was interrupted before its record was written
+            self._lane.recv_into(mark, 8, NOW)  # left by a post that failed before its record was written
         return None
 
     @property

@@ -17,12 +17,13 @@ House rule: nothing here has a state.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
-from ._kernel import NOW, SEAL_SHRINK, SEND_NOW, Descriptors, Socket, disclose, receive_with, roomier, shut
+from ._kernel import NOW, SEAL_SHRINK, SEND_NOW, Descriptors, Socket, receive_with, roomier, shut
 from ._overflow import Outbox
 
 PICKLE: Final = 0x80
@@ -32,7 +33,9 @@ ANNOUNCEMENT: Final = bytes([ANNOUNCE])
 PROCESS: Final = struct.Struct("<BBI")  # kind, reason (of CLOSE), pid
 CARRIER_HEAD: Final = struct.Struct("<BBIQ")  # kind, flags, descriptors, size of the body
 BODY_IN_MEMORY, IN_ENVELOPE = 1, 2
-HANDOFF: Final = struct.Struct("<12sBIIH")  # channel, side, pid of the other side, heads-ups taken, packets put back
+HANDOFF: Final = struct.Struct("<12sBIIBH")
+"""Channel, side, pid of the other side, heads-ups taken whose packet is to come, heads-ups sent likewise (0 or 1),
+packets put back."""
 
 REASONS: Final = ("closed", "collected", "exited", "died", "undeliverable")
 
@@ -63,7 +66,7 @@ def record(
 
 
 def unwrap(packet: memoryview, descriptors: Descriptors) -> Parcel:
-    """A carrier's content. Raises ``OSError(EMFILE)`` with nothing lost; garbage comes out as an empty parcel."""
+    """A carrier's content; garbage comes out as an empty parcel."""
     try:
         _, flags, count, size = CARRIER_HEAD.unpack_from(packet)
         body = memoryview(bytearray(packet[CARRIER_HEAD.size :]))
@@ -73,7 +76,7 @@ def unwrap(packet: memoryview, descriptors: Descriptors) -> Parcel:
                 raise ValueError("the body is shorter than announced, or could become so")
             body = memoryview(memory.read(size, 0) if size < _MAP_FROM else memory.map(size))
         if flags & IN_ENVELOPE:
-            descriptors = disclose(descriptors.claim_socket(), count)
+            descriptors.expect_envelope(count)
     except (struct.error, ValueError, IndexError):
         return Parcel(memoryview(b""), descriptors)
     return Parcel(body, descriptors)
@@ -109,8 +112,11 @@ def unread(sock: Socket, described: bool) -> Iterator[Descriptors]:
                 described = buffer[0] == HEADS_UP
         except BlockingIOError:
             return
-        except OSError:
-            continue  # a reset is told once; without room for descriptors the kernel closes them itself
+        except OSError as error:
+            # A reset is told once; for what there is no room, the kernel closes the descriptors itself.
+            if error.errno in (errno.ECONNRESET, errno.EMFILE, errno.ENFILE):
+                continue
+            raise
         if not size:
             return
 

@@ -83,7 +83,7 @@ def wait(object_list: Iterable[Any], timeout: float | None = None) -> list[Any]:
             each.fileno()  # raises, and says where it went
     deadline = None if timeout is None else time.monotonic() + timeout
     while True:
-        over = [each for each in waiting if isinstance(each, MessagePort) and each.closed]
+        over = [each for each in waiting if isinstance(each, MessagePort) and (each.closed or each._link.recovered)]
         left = 0.0 if over else None if deadline is None else max(0.0, deadline - time.monotonic())
         ready = multiprocessing.connection.wait([each for each in waiting if each not in over], left)
         # A port's socket may hold a note between the two ends only, and no message.

@@ -208,6 +208,7 @@ class EventTarget:
                 self._listeners_changed(type, None)
             elif handler is not None:
                 handler.call = fn
+                self._listeners_changed(type, handler)
             else:
                 self._handlers[type] = handler = _Listener(fn, once=False)
                 self._listeners[type] = (*self._listeners.get(type, ()), handler)

@@ -39,7 +39,7 @@ from ._clone import (
 )
 from ._delivery import TURNS, loop_home
 from ._endpoint import STALL_PAUSE, Endpoint, State
-from ._link import Hand, Link, Taken, spare_buffers
+from ._link import Buffer, Hand, Link, Taken, spare_buffers
 from ._wire import End, Parcel
 from .errors import BufferFull, DataCloneError, MessageError, PortClosedError
 from .events import CloseEvent, MessageErrorEvent, MessageEvent
@@ -153,15 +153,20 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
             self._check_room(size)
             numbers = [number for entry in entries for number in entry.numbers]
             accepted = lost = False
+            departure, pending, interruption = Departure(f"{how} through {self!r}"), list(objects), None
             try:
                 accepted = not doomed and link.post_parts(parts, size, numbers, sent)
                 lost = not accepted
             finally:
-                # An exception of a signal handler may come in right behind the call that sends.
-                if sent or lost:
-                    departure = Departure(f"{how} through {self!r}")
-                    for each in objects:
-                        each._left(departure, link.peer_pid, lost=lost)
+                # Exceptions of signal handlers may come right behind the call that sends, and behind any of these.
+                while (sent or lost) and pending:
+                    try:
+                        pending[-1]._left(departure, link.peer_pid, lost=lost)
+                        pending.pop()
+                    except BaseException as error:
+                        interruption = error
+            if interruption is not None:
+                raise interruption
         return accepted
 
     def _check_room(self, size: int) -> None:
@@ -233,7 +238,7 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
         try:
             taken = self._link.next(hand, timeout)
             event = MessageEvent(self, *self._open(taken))
-            pooled = type(taken) is bytearray
+            pooled = type(taken) is Buffer
         except BaseException as error:
             self._fumbled(hand, error)
         if pooled:
@@ -245,8 +250,8 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
         hand: Hand = []
         try:
             taken = self._link.next(hand, timeout)
-            pooled = type(taken) is bytearray
-            if type(taken) is bytearray and not self._parked:
+            pooled = type(taken) is Buffer
+            if type(taken) is Buffer and not self._parked:
                 message: RecvT = loads(taken)
             else:
                 message = self._open(taken)[0]
@@ -306,7 +311,7 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
         try:
             taken = await self._anext(hand)
             event = MessageEvent(self, *self._open(taken))
-            pooled = type(taken) is bytearray
+            pooled = type(taken) is Buffer
         except BaseException as error:
             self._fumbled(hand, error)
         if pooled:
@@ -337,11 +342,10 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
             taken = self._take_now(hand)
             if taken is not None:
                 return taken
-            sock = self._link.watched_by(loop)
-            if sock is None or self._link.stalled:
+            if self._link.stalled:
                 await asyncio.sleep(STALL_PAUSE)
             else:
-                await loop.readable(sock)
+                await loop.readable(self._link)
 
     # multiprocessing.connection.Connection's own interface
 
@@ -405,7 +409,7 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
     def _next_bytes(self) -> bytes:
         hand: Hand = []
         try:
-            taken, length = self._link.next_with_length(hand)
+            taken = self._link.next(hand)
             if isinstance(taken, End) or (isinstance(taken, Parcel) and transferables(taken)):
                 ports = self._open(taken)[1]
                 for each in ports:
@@ -413,7 +417,12 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
                 raise MessageError(f"a message with {len(ports)} ports cannot be received as bytes; use recv()")
             if self._parked:
                 self._taken_while_parked()
-            data = bytes(unpack_bytes(taken.body)) if isinstance(taken, Parcel) else bytes(memoryview(taken)[:length])
+            if isinstance(taken, Parcel):
+                data = bytes(unpack_bytes(taken.body))
+            elif isinstance(taken, Buffer):
+                data = bytes(memoryview(taken)[: taken.size or None])
+            else:
+                data = bytes(taken)
         except BaseException as error:
             self._fumbled(hand, error)
         return data

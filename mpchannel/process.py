@@ -11,7 +11,7 @@ import multiprocessing.process
 from typing import Any
 
 from ._delivery import say_goodbye
-from .reduction import given_ports
+from .reduction import given_ports, starts_failed
 
 __all__ = ["Process"]
 
@@ -20,7 +20,11 @@ class _Crossing(multiprocessing.process.BaseProcess):
     def start(self) -> None:
         for port in given_ports(self):
             port._check_movable("an argument of the process")
-        super().start()
+        try:
+            super().start()
+        except BaseException:
+            starts_failed()
+            raise
 
     def _bootstrap(self, *args: Any, **options: Any) -> int:
         try:

@@ -31,7 +31,7 @@ from typing import Any, Final
 
 from . import _clone, _delivery, _kernel
 from ._clone import Departure
-from ._link import Link, open_links
+from ._link import Link, begin_in_child, open_links
 from .port import MessagePort
 
 __all__ = ["given_ports"]
@@ -43,27 +43,45 @@ class _Start:
     """The start of one process: the ports lent to it, until it succeeded or failed."""
 
     def __init__(self, popen: Any, name: str) -> None:
-        self.popen = weakref.ref(popen, self._failed)
+        self.popen = weakref.ref(popen, self.failed)
         self.name = name
         self.thread = threading.get_ident()
         self.ports: list[AnyPort] = []
+        self.sockets: list[Any] = []  # a port may close meanwhile; its descriptor's number must stay its own
+
+    def lend(self, port: AnyPort) -> tuple[bytes, int]:
+        luggage, sock = port._lend(self)
+        self.ports.append(port)
+        self.sockets.append(sock)
+        return luggage, sock.fileno()
 
     @property
     def pending(self) -> bool:
         # The starting thread itself comes to use a port again: then the start is over, and it did not succeed.
         if self.ports and threading.get_ident() == self.thread and not _starting_here(self.popen()):
-            self._failed()
+            self.failed()
         return bool(self.ports)
 
-    def _failed(self, _: object = None) -> None:
-        ports, self.ports = self.ports, []
-        for port in ports:
-            port._given_back()
+    def failed(self, _: object = None) -> None:
+        """Nothing happened. Takes no lock: a finaliser may call it."""
+        while self.ports:
+            self.ports[-1]._given_back()
+            self.ports.pop()
+        self.sockets.clear()
 
     def succeeded(self, pid: int) -> None:
-        ports, self.ports = self.ports, []
-        for port in ports:
+        # Pending to the end: whoever uses one of them meanwhile must take nothing.
+        for port in self.ports:
             port._given_to(self.name, pid)
+        self.ports.clear()
+        self.sockets.clear()
+
+
+def starts_failed() -> None:
+    """In this thread, a process could not be started."""
+    for start in list(_starts.values()):
+        if start.thread == threading.get_ident():
+            start.failed()
 
 
 _starts: weakref.WeakKeyDictionary[Any, _Start] = weakref.WeakKeyDictionary()
@@ -119,8 +137,7 @@ def _reduce_port(port: AnyPort) -> Any:
     popen = multiprocessing.context.get_spawning_popen()
     if popen is not None:
         start = _start_of(popen, _process_being_pickled())
-        luggage, number = port._lend(start)
-        start.ports.append(port)
+        luggage, number = start.lend(port)
         return _arrive, (multiprocessing.reduction.DupFd(number), luggage)
     port._check_movable("the message")
     with port._link.receiving, port._link.sending:
@@ -151,7 +168,6 @@ multiprocessing.reduction.register(MessagePort, _reduce_port)
 
 # fork: by inheritance
 
-_DATA: Final = (str, bytes, bytearray, int, float, complex, bool, type(None), range, memoryview)
 _NOT_ENTERED: Final = (type, types.ModuleType, types.FrameType, types.TracebackType, types.CodeType, weakref.ref)
 
 
@@ -161,34 +177,36 @@ def given_ports(process: multiprocessing.process.BaseProcess) -> list[AnyPort]:
     """
     found: dict[int, AnyPort] = {}
     seen: set[int] = set()
-    pending = list(vars(process).values())
-    while pending:
-        thing = pending.pop()
-        if isinstance(thing, MessagePort):
-            found[id(thing)] = thing
-        elif isinstance(thing, (*_DATA, *_NOT_ENTERED)) or id(thing) in seen:
-            continue
-        else:
+    level = list(vars(process).values())
+    while level:
+        # By levels, and by type(): a million small tuples take a second, and a proxy's __class__ is not asked.
+        entered: list[Any] = []
+        following: list[Any] = []
+        for thing in level:
+            kind = type(thing)
+            if id(thing) in seen or not gc.is_tracked(thing):
+                continue  # what the collector does not track refers to nothing that it does
             seen.add(id(thing))
-            pending += _referents(thing)
+            if issubclass(kind, MessagePort):
+                found[id(thing)] = thing
+            elif issubclass(kind, types.FunctionType):
+                following += _referents(thing)
+            elif not issubclass(kind, _NOT_ENTERED):
+                entered.append(thing)
+        level = following + gc.get_referents(*entered)
     return list(found.values())
 
 
-def _referents(thing: Any) -> Iterator[Any]:
-    if isinstance(thing, types.FunctionType):
-        for cell in thing.__closure__ or ():
-            try:
-                yield cell.cell_contents
-            except ValueError:
-                continue  # not assigned yet
-        yield thing.__defaults__
-        yield thing.__kwdefaults__
-        yield vars(thing)
-        if "<" in thing.__qualname__:  # <lambda>, or defined in a function: not importable, so made for the occasion
-            for name in thing.__code__.co_names:
-                yield thing.__globals__.get(name)
-    else:
-        yield from gc.get_referents(thing)
+def _referents(function: types.FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:
+            continue  # not assigned yet
+    yield from (function.__defaults__, function.__kwdefaults__, vars(function))
+    if "<" in function.__qualname__:  # <lambda>, or defined in a function: not importable, so made for the occasion
+        for name in function.__code__.co_names:
+            yield function.__globals__.get(name)
 
 
 def _forking_popen() -> tuple[Any, Any] | None:
@@ -202,6 +220,9 @@ def _forking_popen() -> tuple[Any, Any] | None:
 _LAUNCH: Final[types.CodeType] = vars(multiprocessing.popen_fork.Popen)["_launch"].__code__
 
 
+_given_by_fork: Final[dict[int, list[AnyPort]]] = {}  # by forking thread, from before its fork to after it
+
+
 def _before_fork() -> None:
     try:
         _delivery.before_fork()
@@ -213,29 +234,29 @@ def _before_fork() -> None:
 
 
 def _lend_given(popen: Any, process: Any) -> None:
-    start = None
-    for port in given_ports(process):
-        if not port.closed and not port.detached:
-            start = start or _start_of(popen, process)
-            port._lend(start)
-            start.ports.append(port)
+    ports = [port for port in given_ports(process) if not port.closed and not port.detached]
+    if ports:
+        start = _start_of(popen, process)
+        _given_by_fork[threading.get_ident()] = ports
+        for port in ports:
+            start.lend(port)
 
 
 def _after_fork_in_parent() -> None:
     _kernel.crossing.release()
+    _given_by_fork.pop(threading.get_ident(), None)
     _delivery.after_fork_in_parent(sys._getframe(1))
 
 
 def _after_fork_in_child() -> None:
-    _kernel.crossing = threading.RLock()
-    _delivery.after_fork_in_child()
+    _kernel.crossing.release()  # this thread holds it here as well
+    given = _given_by_fork.pop(threading.get_ident(), [])
+    _given_by_fork.clear()
     _starts.clear()
-    inherited = open_links()
-    if _forking_popen() is None:
-        _sort_out(inherited, [])
-    else:
-        # multiprocessing sets current_process() first and then calls us: what is given is known there.
-        _at_start.inherited = inherited
+    _delivery.after_fork_in_child()
+    _sort_out(begin_in_child(), given)
+    for each in list(_kernel.loose):
+        each.close()
 
 
 def _sort_out(inherited: list[Link], given: list[AnyPort]) -> None:
@@ -250,19 +271,5 @@ def _sort_out(inherited: list[Link], given: list[AnyPort]) -> None:
             link.stay_behind(departure.error)
 
 
-class _AtStart:
-    """Told by multiprocessing that a child has begun."""
-
-    def __init__(self) -> None:
-        self.inherited: list[Link] = []
-
-    def begin(self) -> None:
-        inherited, self.inherited = self.inherited, []
-        if inherited:
-            _sort_out(inherited, given_ports(multiprocessing.current_process()))
-
-
-_at_start = _AtStart()
-multiprocessing.util.register_after_fork(_at_start, _AtStart.begin)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
