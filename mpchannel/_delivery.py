@@ -26,8 +26,8 @@ from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
-from ._kernel import Bell, Socket
-from ._link import Link, open_links
+from . import _link
+from ._kernel import Bell, Socket, explain
 
 if TYPE_CHECKING:
     import asyncio
@@ -178,7 +178,10 @@ class _DeliveryThread:
         with self._lock:
             if self._epoll is None or self._bell is None:
                 bell = Bell()
-                epoll = select.epoll()
+                try:
+                    epoll = select.epoll()
+                except OSError as error:
+                    raise explain(error, "listen on a port") from error
                 epoll.register(bell, select.EPOLLIN)
                 self._bell, self._epoll = bell, epoll
             if self._thread is None and not self._stopping and not sys.is_finalizing():
@@ -355,7 +358,7 @@ class _LoopHome:
         loop = self._loop()
         return loop is not None and not loop.is_closed()
 
-    async def readable(self, link: Link) -> None:
+    async def readable(self, link: _link.Link) -> None:
         """Wait until the link's socket has something, or is released."""
         loop, sock = self._loop(), link.watched_by(self)
         if loop is None or sock is None:
@@ -507,8 +510,7 @@ def say_goodbye() -> None:
     """This process ends in order: stop dispatching, then tell the other ends of all its links."""
     _at_exit.begun = True
     delivery_thread.stop(_STOP_PATIENCE)
-    for link in open_links():
-        link.close("exited", at_exit=True)
+    _link.say_goodbye()
 
 
 class _AtExit:

@@ -29,7 +29,7 @@ from typing import Any, Final, NoReturn, Self
 from ._clone import Departure, Entry, Transferable, loads, message_error, unpack
 from ._delivery import TURNS, Home, home, loop_home
 from ._kernel import Descriptors, Socket, crossing, exit_code
-from ._link import Buffer, Hand, Link, Loan, Taken, spare_buffers
+from ._link import Buffer, Hand, Link, Loan, Taken, rest_if_ending, spare_buffers
 from ._wire import End, Parcel
 from .errors import ChannelError, DataCloneError, MessageError, PortClosedError
 from .events import CloseEvent, EventTarget, MessageErrorEvent, MessageEvent, _Listener
@@ -128,23 +128,29 @@ class Endpoint(EventTarget, Transferable):
         return loads(taken), ()
 
     def _fumbled(self, hand: Hand, error: BaseException) -> NoReturn:
-        """*error* came up between taking a packet and having its message. Raise it, or what is to be made of it."""
-        if isinstance(error, MessageError):
-            raise error
+        """*error* came up between taking a packet and having its message; the hand is among the link's ``dropped``.
+        Raise it, or what is to be made of it.
+        """
+        link = self._link
         taken = hand[0] if hand else None
-        if isinstance(taken, Parcel) and taken.descriptors.spent:
-            raise error  # its ports were made, and closed, in vain
-        if taken is not None and not (type(taken) is Buffer and taken[0] == 0) and not isinstance(error, OSError):
-            bad = message_error(error, taken)
-            if bad is not None:
-                raise bad from error
-        self._link.recover(hand)
+        told = isinstance(error, MessageError)
+        bad = None
+        if taken is not None and not told and not isinstance(error, OSError):
+            if isinstance(taken, Parcel) and taken.descriptors.spent:
+                told = True  # its ports were made, and closed, in vain
+            elif not (type(taken) is Buffer and taken[0] == 0):
+                bad = message_error(error, taken)
+        if told or bad is not None:
+            hand.clear()  # the user is told; nobody gets it again
+        with link.receiving:
+            link.recover()
         # No readable socket tells of what was put back.
-        self._link.ring()
-        with self.lock:
-            if self._watched is Watched.FOR_MESSAGES and self._home is not None:
-                self._home.call(self.turn)
-        raise error
+        if link.recovered:
+            link.ring()
+            with self.lock:
+                if self._watched is Watched.FOR_MESSAGES and self._home is not None:
+                    self._home.call(self.turn)
+        raise error if bad is None else bad from error
 
     # Turns: taking and dispatching, at the home
 
@@ -175,10 +181,13 @@ class Endpoint(EventTarget, Transferable):
             except ChannelError:
                 return  # closed or moved away meanwhile
             except (OSError, MemoryError) as error:  # a limit of the system; nothing is lost, so tell and try again
-                link.recover(hand)
+                link.dropped += (hand,)
+                link.slow = True
                 self._pause(_TROUBLE_PAUSE, error)
                 return
             except BaseException as error:
+                link.dropped += (hand,)
+                link.slow = True
                 self._fumbled(hand, error)
             finally:
                 link.receiving.release()
@@ -218,6 +227,8 @@ class Endpoint(EventTarget, Transferable):
             try:
                 event = MessageEvent(self, *self._open(taken))
             except BaseException as error:
+                self._link.dropped += (hand,)
+                self._link.slow = True
                 self._fumbled(hand, error)
         except MessageError as bad:
             event = MessageErrorEvent(self, bad)
@@ -318,7 +329,7 @@ class Endpoint(EventTarget, Transferable):
         dropped, and no handler of this port runs for it.
         """
         with self.lock:
-            if self._state is not State.OPEN:
+            if self._state is State.DETACHED or self._end is not None:
                 return
             self._state = State.CLOSED
             self._watch(Watched.NOT)
@@ -377,7 +388,8 @@ class Endpoint(EventTarget, Transferable):
                         "wait_closed() would wait for itself: this thread delivers the port's events; "
                         "use `await port.await_closed()` on a loop, or onclose"
                     )
-                link.wait(deadline, asleep_while=lambda: self._state is State.OPEN and bool(self._watched))
+                in_time = link.wait(deadline, asleep_while=lambda: self._state is State.OPEN and bool(self._watched))
+                self._check_time(in_time, timeout)
                 continue
             try:
                 with link.receiving:
@@ -389,9 +401,13 @@ class Endpoint(EventTarget, Transferable):
                 self._over(taken)
             elif ready:
                 self._parked = True
-                link.wait(deadline, asleep_while=self._message_waits)
+                self._check_time(link.wait(deadline, asleep_while=self._message_waits), timeout)
             else:
-                link.wait(deadline)
+                self._check_time(link.wait(deadline), timeout)
+
+    def _check_time(self, in_time: bool, timeout: float | None) -> None:
+        if not in_time:
+            raise TimeoutError(f"the channel did not close in {timeout} s")
 
     def _message_waits(self) -> bool:
         if self._state is not State.OPEN or self._watched:
@@ -547,6 +563,7 @@ _WORDS: Final = {
 
 
 def closed_error(end: End) -> PortClosedError:
+    rest_if_ending()
     by = f" (process {end.pid})" if end.pid else ""
     return PortClosedError(f"the channel is closed: the other end{by} {_WORDS[end.reason]}", end.reason)
 

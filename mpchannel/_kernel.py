@@ -29,12 +29,19 @@ if TYPE_CHECKING:
     import mmap
     import resource
 else:
+    # Not on every system; require() names what is missing before anything here is used.
     try:
         import fcntl
+    except ImportError:
+        fcntl = None
+    try:
         import mmap
+    except ImportError:
+        mmap = None
+    try:
         import resource
-    except ImportError:  # not a Unix; require() names what is missing before anything here is used
-        fcntl = mmap = resource = None
+    except ImportError:
+        resource = None
 
 MAX_DESCRIPTORS: Final = 253  # SCM_MAX_FD: the kernel takes no more in one packet
 # Plain integers: the socket module's flags are enum members, whose `|` alone takes 0.4 us.
@@ -58,6 +65,9 @@ crossing = threading.RLock()
 def missing() -> list[str]:
     """What this system lacks for channels, in words; an empty list where they work."""
     wanted = {
+        "the fcntl module": fcntl is not None,
+        "the mmap module": mmap is not None,
+        "the resource module": resource is not None,
         "AF_UNIX sockets": hasattr(socket, "AF_UNIX"),
         "SOCK_SEQPACKET": hasattr(socket, "SOCK_SEQPACKET"),
         "descriptor passing (SCM_RIGHTS, MSG_CMSG_CLOEXEC)": hasattr(socket, "SCM_RIGHTS")
@@ -129,14 +139,32 @@ class Socket(socket.SocketType):
     given to something else, without a counter.
     """
 
-    __slots__ = ()
-    __del__ = socket.SocketType.close
+    __slots__ = ("__weakref__",)
+
+    def __del__(self) -> None:
+        with crossing:  # a fork must not come in the middle: the child's copy would have no owner
+            _sockets.pop(id(self), None)
+            self.close()
+
+
+_sockets: dict[int, weakref.ref[Socket]] = {}  # all that are open, by id()
+
+
+def close_inherited(kept: set[Socket]) -> None:
+    """In a forked child: close what nobody here would. (It is held by frames of threads that are not here.)"""
+    for reference in list(_sockets.values()):
+        sock = reference()
+        if sock is not None and sock not in kept:
+            sock.close()
+    for each in list(loose):
+        each.close()
 
 
 def _own(number: int) -> Socket:
     sock = Socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=number)
     if sock.gettimeout() is not None:  # socket.setdefaulttimeout() was called; it would set O_NONBLOCK
         sock.settimeout(None)
+    _sockets[id(sock)] = weakref.ref(sock)
     return sock
 
 
@@ -164,8 +192,7 @@ def renew(sock: Socket) -> Socket:
 
 
 loose: weakref.WeakSet[Descriptors | Memory | Bell] = weakref.WeakSet()
-"""What holds descriptors and may be in the hands of any thread. A forked child closes them: frames of threads that it
-did not inherit would hold them for ever. (Sockets are held by links, which see to that themselves.)"""
+"""What holds descriptors beside the sockets."""
 
 
 class Descriptors:
@@ -291,15 +318,10 @@ def queued(sock: Socket) -> int:
     return int.from_bytes(fcntl.ioctl(sock.fileno(), _SIOCOUTQ, b"\0\0\0\0"), sys.byteorder)
 
 
-def send_limit(sock: Socket) -> int:
-    """The size of the queue at which a packet no longer fits, in the unit of ``queued``."""
-    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-
-
 @contextmanager
 def roomier(sock: Socket) -> Iterator[None]:
     """For a moment, let *sock* hold more unread packets than usual: room for a few packets that must get through."""
-    usual = send_limit(sock)
+    usual = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 23)  # the kernel gives what net.core.wmem_max allows
     try:
         yield
@@ -328,11 +350,13 @@ def hung_up(sock: Socket) -> bool:
     return bool(poller.poll(0))
 
 
-def wait_readable(sock: Socket | None, bell: Bell, seconds: float | None) -> None:
-    """Wait until *sock* (if any) has something or *bell* rings."""
+def wait_readable(number: int | None, bell: Bell, seconds: float | None) -> None:
+    """Wait until the socket with that *number* (if any) has something or *bell* rings. (The number alone, so that a
+    wait, or the traceback of one, keeps nothing open. Whoever closes it rings.)
+    """
     poller = select.poll()
-    if sock is not None:
-        poller.register(sock, select.POLLIN)
+    if number is not None:
+        poller.register(number, select.POLLIN)
     poller.register(bell, select.POLLIN)
     poller.poll(None if seconds is None else min(max(0.0, seconds), 86_400) * 1000)  # the kernel's limit is 24 days
 
@@ -344,9 +368,12 @@ class Bell:
 
     def __init__(self) -> None:
         self._number = -1
-        with crossing:
-            self._number = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            loose.add(self)
+        try:
+            with crossing:
+                self._number = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                loose.add(self)
+        except OSError as error:
+            raise explain(error, "wait for messages") from error
 
     def fileno(self) -> int:
         return self._number
@@ -382,16 +409,25 @@ class Memory:
         loose.add(self)
 
     @classmethod
-    def create(cls) -> Memory:
-        """New and empty; it can grow until somebody seals it. Raises ``OSError``."""
+    def create(cls, *, append: bool = False) -> Memory:
+        """New and empty; it can grow until somebody seals it. *append*: written by ``append`` only.
+
+        Raises ``OSError``.
+        """
         global _memory_flags
         with crossing:
             try:
-                return cls(os.memfd_create("mpchannel", _memory_flags))
-            except OSError as error:
-                if error.errno == errno.EINVAL and _memory_flags & _MFD_NOEXEC_SEAL:
+                try:
+                    memory = cls(os.memfd_create("mpchannel", _memory_flags))
+                except OSError as error:
+                    if error.errno != errno.EINVAL or not _memory_flags & _MFD_NOEXEC_SEAL:
+                        raise
                     _memory_flags &= ~_MFD_NOEXEC_SEAL
-                    return cls(os.memfd_create("mpchannel", _memory_flags))
+                    memory = cls(os.memfd_create("mpchannel", _memory_flags))
+                if append:
+                    fcntl.fcntl(memory, fcntl.F_SETFL, os.O_RDWR | os.O_APPEND)
+                return memory
+            except OSError as error:
                 raise explain(error, "allocate memory for a message") from error
 
     def fileno(self) -> int:
@@ -413,21 +449,35 @@ class Memory:
         """Bytes of memory it really occupies."""
         return os.fstat(self._number).st_blocks * 512
 
-    def write(self, parts: Sequence[Any], at: int) -> None:
-        """Write all *parts* at offset *at*. Raises ``OSError``: ``EPERM`` when it was sealed against growing."""
-        if len(parts) == 1 and len(parts[0]) <= 1 << 30:
-            done = os.pwrite(self._number, parts[0], at)
-            if done == len(parts[0]):
-                return
-            parts, at = [memoryview(parts[0])[done:]], at + done
-        views = [view for part in parts if (view := memoryview(part).cast("B")).nbytes]
-        while views:
-            done = os.pwritev(self._number, views[:512], at)  # at most 2 GiB a call, at most 1,024 pieces
-            at += done
-            while views and done >= views[0].nbytes:
-                done -= views.pop(0).nbytes
-            if done:
-                views[0] = views[0][done:]
+    def write(self, parts: Sequence[Any]) -> None:
+        """Fill it with all *parts*. Raises ``OSError``."""
+        at = 0
+        for pieces in _in_portions(parts):
+            while pieces:
+                done = os.pwritev(self._number, pieces, at)
+                at += done
+                pieces = _rest(pieces, done)
+
+    def append(self, parts: Sequence[Any], size: int, written: list[int] | None) -> None:
+        """Write all *parts*, *size* bytes, at the end, wherever that is; one call, if it can be one. *written* is
+        filled by the call that completes them.
+
+        Raises ``OSError``: ``EPERM`` if it was sealed against growing, ``ENOSPC`` if there was no memory for all.
+        """
+        if len(parts) == 1 and written is None:
+            # (In append mode the kernel ignores the position, and pwrite leaves the file offset alone.)
+            if os.pwrite(self._number, parts[0], 0) != size:
+                raise OSError(errno.ENOSPC, "no memory for a whole message")
+            return
+        *portions, last = _in_portions(parts)
+        for pieces in portions:
+            if os.pwritev(self._number, pieces, 0) != sum(piece.nbytes for piece in pieces):
+                raise OSError(errno.ENOSPC, "no memory for a whole message")
+        completed = [] if written is None else written
+        completed.extend(map(os.pwritev, (self._number,), (last,), (0,)))
+        if completed[-1] != sum(piece.nbytes for piece in last):
+            completed.clear()
+            raise OSError(errno.ENOSPC, "no memory for a whole message")
 
     def read(self, size: int, at: int) -> bytearray:
         """*size* bytes from offset *at* (fewer at the end)."""
@@ -492,6 +542,31 @@ class Memory:
             raise
         with mapping:
             mapping.madvise(_MADV_REMOVE)
+
+
+def _in_portions(parts: Sequence[Any]) -> list[list[memoryview]]:
+    """*parts* as pieces for one call each: at most 1,024 of them (IOV_MAX), together less than 2 GiB."""
+    portions: list[list[memoryview]] = [[]]
+    room, limit = 512, 1 << 30
+    total = 0
+    for part in parts:
+        view = memoryview(part).cast("B")
+        for start in range(0, view.nbytes, limit):
+            piece = view[start : start + limit]
+            if total + piece.nbytes > limit or len(portions[-1]) == room:
+                portions.append([])
+                total = 0
+            portions[-1].append(piece)
+            total += piece.nbytes
+    return portions
+
+
+def _rest(pieces: list[memoryview], done: int) -> list[memoryview]:
+    """What is left of *pieces* after *done* bytes."""
+    while pieces and done >= pieces[0].nbytes:
+        done -= pieces[0].nbytes
+        pieces = pieces[1:]
+    return [pieces[0][done:], *pieces[1:]] if pieces and done else pieces
 
 
 def _first_memory_flags() -> int:

@@ -32,7 +32,7 @@ from ._kernel import (
     Descriptors,
     Memory,
     Socket,
-    crossing,
+    close_inherited,
     enclose,
     explain,
     hung_up,
@@ -41,7 +41,6 @@ from ._kernel import (
     renew,
     require,
     roomier,
-    send_limit,
     send_with,
     set_receive_timeout,
     shut,
@@ -82,6 +81,9 @@ _BLOCK: Final = 0.004  # seconds a receive call may hold the lock; a transfer or
 _SPIN: Final = 60e-6  # seconds a port that was quick last time is asked again and again before its thread sleeps:
 _QUICK: Final = 200e-6  # a sleeping thread on another core takes some 50 us to wake
 _ROOM_TRIES: Final = 20  # times to ask for room before opening an overflow file, which costs about 40 us
+_BODIES_QUEUED: Final = 16 * 2 * 768
+"""Unread bytes in the socket from which on large bodies go to the overflow file: no more than some 16 of them may wait
+in memory of their own, as the descriptors that a user has in flight are limited (each body: two packets of 768)."""
 _NO_ROOM: Final = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EMSGSIZE)
 
 GONE: Final = (BrokenPipeError, ConnectionResetError)
@@ -90,6 +92,7 @@ GONE: Final = (BrokenPipeError, ConnectionResetError)
 # garbage a link may be part of, so the link can still say goodbye.
 _links: dict[int, tuple[weakref.ref[Link], Socket]] = {}
 _this_process = os.getpid()
+_ending = False
 _channel_prefix = os.urandom(8)
 _channel_numbers = itertools.count()
 
@@ -135,11 +138,10 @@ class Loan(Protocol):
 def open_pair() -> tuple[Link, Link]:
     """Two new links, connected. Raises ``OSError`` (limits) or ``NotImplementedError`` (not this system)."""
     require()
-    with crossing:
-        one, two = socket_pair()
-        channel = _channel_prefix + next(_channel_numbers).to_bytes(4, "little")
-        first = Link(one, channel, 1, _this_process)
-        second = Link(two, channel, 2, _this_process)
+    one, two = socket_pair()
+    channel = _channel_prefix + next(_channel_numbers).to_bytes(4, "little")
+    first = Link(one, channel, 1, _this_process)
+    second = Link(two, channel, 2, _this_process)
     first.twin, second.twin = weakref.ref(second), weakref.ref(first)
     return first, second
 
@@ -149,16 +151,27 @@ def open_links() -> list[Link]:
     return [link for reference, _ in list(_links.values()) if (link := reference()) is not None]
 
 
+def say_goodbye() -> None:
+    """This process ends in order: tell the other ends of all its links."""
+    global _ending
+    _ending = True
+    for link in open_links():
+        link.close("exited", at_exit=True)
+
+
 def begin_in_child() -> list[Link]:
     """In a forked child, at once: the links that were inherited. Their sockets are still open."""
-    global _this_process, _channel_prefix
-    _this_process = os.getpid()
+    global _this_process, _channel_prefix, _ending
+    _this_process, _ending = os.getpid(), False
     _channel_prefix = os.urandom(8)
-    for key, (reference, sock) in list(_links.items()):
-        if reference() is None:
-            sock.close()  # its link went with the state of a thread that is not here
-            del _links[key]
-    return open_links()
+    inherited = open_links()
+    _links.clear()
+    return inherited
+
+
+def close_what_was_not_given() -> None:
+    """In a forked child, when the links that were given are at work."""
+    close_inherited({link._socket() for link in open_links()})
 
 
 @final
@@ -178,16 +191,17 @@ class Link:
         "_owes",
         "_recv_into",
         "_send",
-        "_slow",
         "_sock",
         "_timed",
         "channel",
+        "dropped",
         "lent",
         "owner",
         "peer_pid",
         "receiving",
         "sending",
         "side",
+        "slow",
         "twin",
         "watchers",
     )
@@ -206,7 +220,8 @@ class Link:
         self.twin: weakref.ref[Link] | None = None  # the other end, as long as neither has moved
         self.watchers: tuple[Watcher, ...] = ()
         self._expected = expected  # heads-ups taken whose packet is still to come
-        self._slow = bool(expected)  # take with care: something below is set
+        self.slow = bool(expected)  # take with care: something below is set
+        self.dropped: tuple[Hand, ...] = ()
         self._inbox: Inbox | None = None
         self._back: deque[bytearray | memoryview | Parcel] = deque()  # taken, and recovered
         self._end: End | None = None
@@ -273,14 +288,21 @@ class Link:
                 if count >= MAX_DESCRIPTORS:
                     envelope = enclose(numbers)
                     numbers, flags = (envelope.fileno(),), IN_ENVELOPE
-                if self._outbox is not None:
-                    if self._outbox.abandoned(sock):
+                outbox = self._outbox
+                if outbox is not None:
+                    if outbox.abandoned(sock):
                         self._outbox = None
                         return False
-                    if self._outbox.append(*record(parts, size, numbers, count, flags), sent):
-                        return True
+                    try:
+                        if outbox.append(*record(parts, size, numbers, count, flags), sent):
+                            return True
+                    except OSError:
+                        self._leave_outbox()  # it ended with a record that is not whole
+                        raise
                     self._leave_outbox()
-                if not self._post_by_socket(sock, parts, size, numbers, count, flags, sent):
+                if self._post_by_socket(sock, parts, size, numbers, count, flags, sent):
+                    self._leave_outbox()  # one that a signal handler opened in between: this packet is behind it
+                else:
                     self._open_outbox(sock, record(parts, size, numbers, count, flags), sent)
                 return True
             except GONE:
@@ -311,11 +333,11 @@ class Link:
         for _ in range(_ROOM_TRIES):
             try:
                 if size > INLINE_MAX and memory is None:
-                    if queued(sock) >= send_limit(sock):
+                    if queued(sock) >= _BODIES_QUEUED:
                         os.sched_yield()
                         continue
                     memory = Memory.create()
-                    memory.write(parts, 0)
+                    memory.write(parts)
                     memory.seal(SEAL_SHRINK)
                     parts, numbers, flags = (), (memory.fileno(), *numbers), flags | BODY_IN_MEMORY
                 if numbers:
@@ -390,9 +412,10 @@ class Link:
         """The next packet or the end; ``None`` if nothing is there. With ``flags=0`` it waits a few milliseconds.
 
         What is taken is in *hand* at the very moment it leaves the queue. So an exception of a signal handler, which
-        may come up behind any call, loses nothing: whoever gets it gives the hand to ``recover``.
+        may come up behind any call, loses nothing: whoever gets it adds the hand to ``dropped`` and sets ``slow``
+        (statements behind which no handler runs), and whoever takes next finds it there.
         """
-        if self._slow:
+        if self.slow:
             return self._take_slowly(hand, flags)
         return self._take_plainly(hand, flags)
 
@@ -422,32 +445,32 @@ class Link:
         hand[0] = parcel = Parcel(memoryview(buffer)[:size], Descriptors())
         return parcel
 
-    def recover(self, hand: Hand) -> None:
-        """Put back what an exception left in a hand."""
+    def recover(self) -> None:
+        """Put back what is in ``dropped``: the hands of those whom an exception came upon."""
         with self.receiving:
-            for taken in hand:
-                if type(taken) is Buffer and taken[0] != PICKLE:
-                    size = taken.size or len(taken)  # the exception came before its size was noted
-                    if taken[0] == 0 or self._keep_house(taken, size):
-                        continue  # nothing had come, or nothing with a message
-                    taken = Parcel(memoryview(taken)[:size], Descriptors())
-                self._slow = True
-                self._back.appendleft(taken)
-            hand.clear()
+            while self.dropped:
+                for taken in self.dropped[-1]:
+                    if type(taken) is Buffer and taken[0] != PICKLE:
+                        size = taken.size or len(taken)  # the exception came before its size was noted
+                        if taken[0] == 0 or self._keep_house(taken, size):
+                            continue  # nothing had come, or nothing with a message
+                        taken = Parcel(memoryview(taken)[:size], Descriptors())
+                    self._back.appendleft(taken)
+                self.dropped = self.dropped[:-1]
 
     @property
     def recovered(self) -> bool:
         """Whether something was put back: no readable socket tells of it."""
-        return bool(self._back)
+        return bool(self._back or self.dropped)
 
     def _keep_house(self, buffer: bytearray | memoryview, size: int) -> bool:
         """Note what a packet without a message says. ``False`` if it has a message."""
         kind = buffer[0] if size else 0
         if not size or kind == CLOSE:
             end = self._end_told_by(buffer, size)
-            self._slow, self._end = True, end
+            self.slow, self._end = True, end
         elif kind == HEADS_UP:
-            self._slow, self._expected = True, self._expected + 1
+            self.slow, self._expected = True, self._expected + 1
         elif kind == HELD:
             self.peer_pid = PROCESS.unpack_from(buffer)[2]
         else:
@@ -462,11 +485,13 @@ class Link:
         return End(REASONS[min(reason, len(REASONS) - 1)], pid)
 
     def _set_pace(self) -> None:
-        self._slow = bool(self._back or self._expected or self._end or self.lent)
+        self.slow = bool(self.dropped or self._back or self._expected or self._end or self.lent)
 
     def _take_slowly(self, hand: Hand, flags: int) -> Taken | None:
         """``take`` while something is put back, announced, over or lent."""
         while True:
+            if self.dropped:
+                self.recover()
             if self._back:
                 # Two statements without a call: no signal handler runs between them.
                 hand += (self._back[0],)
@@ -518,29 +543,29 @@ class Link:
                 parcel = Parcel(memoryview(b""), descriptors)  # no overflow file at all: it will not load
         # One call that takes the packet off and, if it did, puts the parcel in hand.
         hand.extend(itertools.compress((parcel,), map(sock.recv_into, (bytearray(1),), (0,), (NOW,))))
-        self._expected = max(0, self._expected - 1)
+        self._expected = self._expected - 1 if self._expected else 0
         return parcel
 
     def _take_overflowed(self, inbox: Inbox, hand: Hand) -> Taken | None:
         """The next packet of the overflow file; ``None`` if there is none, and then maybe no file either."""
-        found = inbox.first()
-        if found is None:
+        record = inbox.next()
+        if record is None:
             self._leave_if_exhausted(inbox, found_nothing=True)
             return None
-        packet, descriptors = found
+        packet = record.packet
         taken: Taken | None = packet
         if packet[0] == CARRIER:
-            taken = unwrap(packet, descriptors or Descriptors())
+            taken = unwrap(packet, inbox.descriptors(record))
         elif packet[0] != PICKLE:
             noted = self._keep_house(packet, len(packet))
             taken = None if noted else Parcel(memoryview(bytearray(packet)), Descriptors())
-        if taken is None:
-            del inbox.ahead[0]
-        else:
-            hand += (taken,)  # no call, and so no signal handler, between these two
-            del inbox.ahead[0]
-        if descriptors is not None:
-            inbox.drop_aside()
+        if inbox.at != record.at:
+            return self._take_slowly(hand, NOW)  # a signal handler took it
+        # No call, and so no signal handler, in the next three statements.
+        if taken is not None:
+            hand += (taken,)
+        inbox.at = record.after
+        inbox.drop_aside(record)
         self._leave_if_exhausted(inbox, found_nothing=False)
         return self._take_slowly(hand, NOW) if taken is None else taken
 
@@ -557,8 +582,8 @@ class Link:
             except ConnectionResetError:
                 taken_off.extend(map(sock.recv_into, (bytearray(8),), (0,), (NOW,)))
         finally:
-            if taken_off:
-                self._inbox, self._expected = None, max(0, self._expected - 1)
+            if taken_off and self._inbox is inbox:
+                self._inbox, self._expected = None, self._expected - 1 if self._expected else 0
         self._set_pace()
 
     def _socket(self) -> Socket:
@@ -573,14 +598,16 @@ class Link:
         """Without taking it: whether a message is there (``True``), nothing (``False``), or the end."""
         peek = bytearray(8)
         while True:
-            if self._back:
-                return True
+            if self.recovered:
+                self.recover()
+                if self._back:
+                    return True
             if self.lent is not None and self.lent.pending:
                 return False
             if self._end is not None:
                 return self._end
             if self._inbox is not None:
-                if self._inbox.waiting:
+                if self._inbox.next() is not None:
                     return True
                 self._leave_if_exhausted(self._inbox, found_nothing=True)
                 if self._inbox is not None:
@@ -609,7 +636,7 @@ class Link:
         """
         if self._hot:
             with self.receiving:
-                taken = self._take_slowly(hand, NOW) if self._slow else self._take_plainly(hand, NOW)
+                taken = self._take_slowly(hand, NOW) if self.slow else self._take_plainly(hand, NOW)
             if taken is not None:
                 return taken
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -619,7 +646,8 @@ class Link:
                 taken = self.take(hand) if brief else self._take_soon(hand)
             if taken is not None:
                 return taken
-            self.wait(deadline)
+            if not self.wait(deadline):
+                raise TimeoutError(f"no message came in {timeout} s")
 
     def watched_by(self, watcher: Watcher) -> Socket | None:
         """The socket for *watcher* to wait on; it is told to ``forget`` it at its release. ``None``: it is released."""
@@ -650,17 +678,17 @@ class Link:
         self._hot = taken is not None and time.perf_counter() - began < _QUICK
         return taken
 
-    def wait(self, deadline: float | None, *, asleep_while: Callable[[], bool] | None = None) -> None:
-        """Sleep until the socket has something, or somebody rings. No lock is held.
+    def wait(self, deadline: float | None, *, asleep_while: Callable[[], bool] | None = None) -> bool:
+        """Sleep until the socket has something, or somebody rings. No lock is held. ``False``, at once, if *deadline*
+        (on the monotonic clock) has passed.
 
         *asleep_while*: do not look at the socket, only wait for a ring, unless this is false once the bell hangs.
-        Raises ``TimeoutError`` when *deadline* (on the monotonic clock) has passed.
         """
         seconds = None
         if deadline is not None:
             seconds = deadline - time.monotonic()
             if seconds <= 0:
-                raise TimeoutError("nothing came in time")
+                return False
         try:
             bell = Bell()
         except OSError as error:
@@ -668,11 +696,14 @@ class Link:
                 raise
             # No descriptor left for a bell: look again every now and then.
             time.sleep(min(_BLOCK, _BLOCK if seconds is None else seconds))
-            return
-        self._bells.append(bell)
+            return True
+        self.hang(bell)
         try:
-            if self._sock is None or self._back:
-                return
+            sock = self._sock
+            number = -1 if sock is None else sock.fileno()
+            sock = None
+            if number < 0 or self.recovered:
+                return True
             if asleep_while is not None:
                 if asleep_while():
                     wait_readable(None, bell, seconds)
@@ -680,8 +711,17 @@ class Link:
                 # A large record is being written; the socket is readable all the while.
                 wait_readable(None, bell, 0.0005)
             else:
-                wait_readable(None if self.lent is not None else self._sock, bell, seconds)
+                wait_readable(None if self.lent is not None else number, bell, seconds)
         finally:
+            self.take_down(bell)
+        return True
+
+    def hang(self, bell: Bell) -> None:
+        """Have *bell* rung when this link is closed, moved away or given back, or something was put back."""
+        self._bells.append(bell)
+
+    def take_down(self, bell: Bell) -> None:
+        if bell in self._bells:
             self._bells.remove(bell)
 
     def ring(self) -> None:
@@ -691,30 +731,30 @@ class Link:
 
     # Leaving
 
-    def close(self, reason: str, *, at_exit: bool = False) -> bool:
-        """Say goodbye and let go; ``False`` if that happened before. Ports in unread packets go back as undeliverable.
+    def close(self, reason: str, *, at_exit: bool = False) -> None:
+        """Say goodbye and let go. Again: nothing. Ports in unread packets go back as undeliverable.
 
         *at_exit*: other threads may be blocked on the socket and must not be woken; the process closes it anyway.
         """
         with self.sending:
-            sock, outbox = self._sock, self._outbox
+            sock = self._sock
             if sock is None:
-                return False
+                return
+            farewell(sock, self._outbox, reason)  # first: interrupted behind it, a second close() does the rest
             self._release(_refuse_posts, _closed_here)
-            farewell(sock, outbox, reason)
         if at_exit:
             if self.receiving.acquire(blocking=False):
                 try:
                     bounce(unread(sock, self._expected > 0))
                 finally:
                     self.receiving.release()
-            return True
+            return
         shut(sock)
         self._let_go(sock)
         with self.receiving:
+            described = self._expected > 0
             self._drop_received()
-            bounce(unread(sock, self._expected > 0))
-        return True
+            bounce(unread(sock, described))
 
     def drop(self, error: Callable[[], Exception]) -> None:
         """The end was taken: let go. Taking from now on raises *error*; posting gives ``False``."""
@@ -751,7 +791,7 @@ class Link:
     def lend(self, loan: Loan | None) -> None:
         """A process is being started that may take this link over: take nothing meanwhile. ``None``: it did not."""
         self.lent = loan
-        self._slow = True  # whoever takes next finds out
+        self.slow = True  # whoever takes next finds out
 
     @staticmethod
     def unpack(sock: Socket, luggage: bytes | memoryview) -> Link:
@@ -764,7 +804,8 @@ class Link:
             size = int.from_bytes(luggage[at : at + 4], "little")
             back.append(memoryview(luggage)[at + 4 : at + 4 + size])
             at += 4 + size
-        link.recover(back[::-1])
+        link._back.extend(back)
+        link.slow = link.slow or bool(back)
         return link
 
     def leave(self, error: Callable[[], Exception]) -> None:
@@ -778,26 +819,19 @@ class Link:
             self._let_go(sock)
 
     def stay_behind(self, error: Callable[[], Exception]) -> None:
-        """In a forked child that was not given this link: close the copy, and nothing else."""
+        """In a forked child that was not given this link: be as if it had moved away. What it held is closed later."""
         # Threads of the parent may have held the locks at the fork; here they would never be released.
         self.receiving, self.sending = threading.RLock(), threading.RLock()
-        sock, bells, outbox, inbox = self._sock, self._bells, self._outbox, self._inbox
-        if sock is not None:
-            self._release(_refuse(error), error)
-            self._drop_received()
-            # By hand, for once: frames of the parent's other threads may refer to these, and will never end here.
-            sock.close()
-        for each in (*bells, outbox, inbox):
-            if each is not None:
-                each.close()
+        self._release(_refuse(error), error)
+        self._drop_received()
         self._bells, self.watchers = [], ()
-        _links.pop(id(self), None)
 
     def copy_after_fork(self) -> Link:
         """In a forked child that was given this link: the same, with locks and waiters of its own."""
         link = Link(renew(self._socket()), self.channel, self.side, self.peer_pid, self._expected)
         link._owes = self._owes
-        link.recover(list(self._back)[::-1])
+        link._back, link.slow = self._back, True
+        self._back = deque()
         self.stay_behind(_closed_here)
         return link
 
@@ -816,12 +850,14 @@ class Link:
         self._outbox = None
         self._send = post
         self._recv_into = _refuse(error)
-        self._slow = False
+        self.slow = False
 
     def _drop_received(self) -> None:
         self._inbox = self._end = None
+        self._expected = 0
         self._back.clear()
-        self._slow = False
+        self.dropped = ()
+        self.slow = False
 
     def _let_go(self, sock: Socket) -> None:
         _links.pop(id(self), None)
@@ -842,4 +878,13 @@ _refuse_posts = _refuse(lambda: BrokenPipeError(errno.EPIPE, "the channel is clo
 
 
 def _closed_here() -> PortClosedError:
+    rest_if_ending()
     return PortClosedError("this port was closed by its own holder")
+
+
+def rest_if_ending() -> None:
+    """Do not return, in a daemon thread of a process that ends: it was waiting for a message, has nothing more to do,
+    and nobody to tell that the channel is closed.
+    """
+    while _ending and threading.current_thread().daemon:
+        time.sleep(3600)

@@ -1,24 +1,24 @@
 """The overflow file: where packets go while a link's socket is full. One side writes records, the other reads them.
 
-A record is 8 bytes (size << 2 | flags) and a packet. The reader's position is the file offset, which travels with the
-descriptor; the writer writes at positions of its own and never touches that offset. Descriptors of a record ride in a
-side lane (a socket pair), with a ticket that stands before the packet too. (A ticket is used once. Positions would not
-do: a post that failed behind its descriptors leaves the position to the next.)
+A record is 8 bytes (size << 2 | flags) and a packet. The file is in append mode, so a record's place is the kernel's
+affair; the file offset is the reader's position alone, and travels with the descriptor. Descriptors of a record ride in
+a side lane (a socket pair), with a ticket that stands before the packet too.
 
     writer   appends, until a write fails with EPERM: all before it was read, so back to the socket
     reader   reads to the end, seals the file against growing, looks once more, and leaves it
 
-The kernel takes the same lock for a write and for the seal, so no record can slip in between. House rules: this room
-knows nothing of ports, nor of what packets mean; its callers hold the link's lock of the direction concerned.
+The kernel takes the same lock for a write and for the seal, so no record can slip in between. A record that could not
+be written whole ends the file: the writer seals it, and a reader drops what is torn at the end of a sealed file. House
+rules: this room knows nothing of ports, nor of what packets mean; its callers hold the link's lock of the direction
+concerned, which is re-entrant: a signal handler may post, or receive, in the middle of everything here.
 """
 
 from __future__ import annotations
 
 import errno
 import struct
-from collections import deque
 from collections.abc import Sequence
-from typing import Any, Final, final
+from typing import Any, Final, NamedTuple, final
 
 from ._kernel import (
     NOW,
@@ -37,8 +37,7 @@ from ._kernel import (
 
 _HEADER: Final = struct.Struct("<Q")
 _TICKET: Final = struct.Struct("<Q")
-_WITH_DESCRIPTORS: Final = 1
-_VOID: Final = 2  # in place of a record that could not be written whole
+_DESCRIBED: Final = 1  # flag: a ticket for descriptors comes first
 _CHUNK: Final = 256 * 1024  # bytes read at a time: some 3,000 small messages for one call
 _JOIN_BELOW: Final = 16 * 1024  # joining the pieces of a small record costs less than handing over a list of them
 _GIVE_BACK: Final = 1 << 20  # bytes read before their pages are given back: a mapping per MiB is not felt
@@ -49,59 +48,49 @@ _PATIENCE: Final = 64  # appends between two looks whether the reader still live
 class Outbox:
     """The writer's side of one file."""
 
-    __slots__ = ("_appends", "_end", "_lane", "_tickets", "far_lane", "memory")
+    __slots__ = ("_appends", "_busy", "_lane", "_tickets", "far_lane", "memory")
 
     def __init__(self, *, with_lane: bool) -> None:
-        self.memory = Memory.create()
+        self.memory = Memory.create(append=True)
         self._lane: Socket | None = None
         self.far_lane: Socket | None = None
         if with_lane:
             self._lane, self.far_lane = socket_pair()
-        self._end = 0
         self._appends = 0
         self._tickets = 0
+        self._busy = False  # with a record that takes several steps
 
     def append(self, parts: Sequence[Any], size: int, numbers: Sequence[int], sent: list[int] | None) -> bool:
-        """Write a record. ``False`` if this file cannot take it: sealed by the reader, or its lane is full or missing.
+        """Write a record. ``False`` if this file cannot take it: sealed by the reader, its lane full or missing, or a
+        signal handler came in between the steps of another record.
 
-        Raises ``OSError`` when there is no memory for it; then the file is as before. *sent* is filled when the
-        record is in the file, also when an exception of a signal handler flies out of this call.
+        Raises ``OSError`` when there is no memory for it; then the file is at its end. *sent* is filled by the very
+        call that completes the record.
         """
-        at = self._end
-        if numbers:
-            self._tickets += 1
-            if not self._send_aside(numbers):
-                return False
-            size += _TICKET.size
-            header = _HEADER.pack(size << 2 | _WITH_DESCRIPTORS) + _TICKET.pack(self._tickets)
+        if self._busy:
+            return False
+        header = _HEADER.pack(size << 2)
+        if not numbers and size < _JOIN_BELOW and sent is None:
+            pieces: Sequence[Any] = (b"".join((header, *parts)),)
         else:
-            header = _HEADER.pack(size << 2)
-        pieces = (b"".join((header, *parts)),) if size < _JOIN_BELOW else (header, *parts)
+            self._busy = True
+            pieces = (header, *parts)
         try:
-            self.memory.write(pieces, at)
-            self._end = at + 8 + size
-        except OSError as error:
-            if error.errno == errno.EPERM:
+            if numbers:
+                self._tickets += 1
+                if not self._send_aside(numbers):
+                    return False
+                size += _TICKET.size
+                pieces = (_HEADER.pack(size << 2 | _DESCRIBED), _TICKET.pack(self._tickets), *parts)
+            self.memory.append(pieces, 8 + size, sent)
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno == errno.EPERM:
                 return False
-            self._mend(at, size, sent)
+            self.seal()
             raise
-        except BaseException:
-            self._mend(at, size, sent)
-            raise
-        if sent is not None:
-            sent.append(size)
+        finally:
+            self._busy = False
         return True
-
-    def _mend(self, at: int, size: int, sent: list[int] | None) -> None:
-        written = self.memory.size - at
-        if written >= 8 + size:
-            self._end = at + 8 + size
-            if sent is not None:
-                sent.append(size)
-        elif written > 0:
-            void = max(0, written - 8)
-            self.memory.write((_HEADER.pack(void << 2 | _VOID),), at)
-            self._end = at + 8 + void
 
     def _send_aside(self, numbers: Sequence[int]) -> bool:
         if self._lane is None:
@@ -136,11 +125,20 @@ class Outbox:
             self.memory.seal(SEAL_GROW)
 
 
+class Record(NamedTuple):
+    """A record that was read: it stays the next one until ``at`` is set to ``after``."""
+
+    packet: memoryview
+    at: int
+    after: int
+    ticket: int  # 0: it has no descriptors
+
+
 @final
 class Inbox:
     """The reader's side of one file."""
 
-    __slots__ = ("_given_back", "_lane", "_memory", "_parsed", "ahead")
+    __slots__ = ("_data", "_given_back", "_lane", "_memory", "_start", "at")
 
     def __init__(self, descriptors: Descriptors) -> None:
         """*descriptors*: the file, and the lane if there is one. Raises ``OSError`` if they are no such things."""
@@ -148,96 +146,95 @@ class Inbox:
         self._lane = descriptors.claim_socket() if len(descriptors) else None
         if not self._memory.sealed(SEAL_SHRINK):
             raise OSError(errno.EINVAL, "an overflow file must be sealed against shrinking")
-        self._parsed = self._memory.offset
-        self._given_back = -(-self._parsed // PAGE) * PAGE
-        # Records read and not yet taken: (position, packet, ticket or 0). The reader deletes what he takes.
-        self.ahead: deque[tuple[int, memoryview, int]] = deque()
+        self.at = self._memory.offset
+        """Where the next record begins. The reader sets it to a record's ``after`` to take that record away."""
+        self._given_back = -(-self.at // PAGE) * PAGE
+        self._data, self._start = memoryview(b""), self.at  # what was read, and where it begins
 
-    def first(self) -> tuple[memoryview, Descriptors | None] | None:
-        """The next packet with (copies of) its descriptors, left in its place; ``None`` if no whole record is there.
-
-        To take it away: ``del ahead[0]``, then ``drop_aside()`` if there were descriptors. Raises ``OSError(EMFILE)``
-        if this process has no room for the descriptors.
-        """
-        if not self.ahead:
-            self._read()
-            if not self.ahead:
+    def next(self) -> Record | None:
+        """The next record; ``None`` if no whole one is there."""
+        while True:
+            inside, at = self.at - self._start, self.at
+            if 0 <= inside <= len(self._data) - 8:
+                word = _HEADER.unpack_from(self._data, inside)[0]
+                end = inside + 8 + (word >> 2)
+                if end <= len(self._data):
+                    if not word & _DESCRIBED:
+                        return Record(self._data[inside + 8 : end], at, self._start + end, 0)
+                    ticket = _TICKET.unpack_from(self._data, inside + 8)[0]
+                    return Record(self._data[inside + 16 : end], at, self._start + end, ticket)
+            if not self._read():
                 return None
-        _, packet, ticket = self.ahead[0]
-        return packet, self._aside(ticket) if ticket else None
 
-    def drop_aside(self) -> None:
-        """The packet that ``first`` gave was taken away: its descriptors go too."""
-        if self._lane is not None:
-            self._lane.recv_into(bytearray(8), 8, NOW)
+    def _read(self) -> bool:
+        """Read on from the next record. Whether that is there."""
+        at = self.at
+        if at - self._given_back >= _GIVE_BACK:
+            end = at // PAGE * PAGE
+            self._memory.discard(self._given_back, end)
+            self._given_back = end
+        unread = self._memory.size - at
+        if unread < 8:
+            return False
+        data = self._memory.read(min(unread, _CHUNK), at)
+        size = 8 + (_HEADER.unpack_from(data)[0] >> 2)
+        if size > unread:
+            return False
+        if size > len(data):
+            data = self._memory.read(size, at)
+        view = memoryview(data)
+        self._data, self._start = view, at  # together: a signal handler may raise, or read, at any call above
+        return True
+
+    def descriptors(self, record: Record) -> Descriptors:
+        """(Copies of) the record's descriptors. Raises ``OSError(EMFILE)`` if this process has no room for them."""
+        mark = bytearray(8)
+        while record.ticket and self._lane is not None:
+            try:
+                size, found = receive_with(self._lane, mark, NOW | PEEK)
+            except BlockingIOError:
+                break
+            if not size:
+                break
+            if _TICKET.unpack(mark)[0] == record.ticket:
+                return found
+            found.close()
+            if _TICKET.unpack(mark)[0] > record.ticket:
+                break
+            self._lane.recv_into(mark, 8, NOW)  # left by a post that failed before its record was written
+        return Descriptors()
+
+    def drop_aside(self, record: Record) -> None:
+        """The record was taken away: so are its descriptors in the lane."""
+        mark = bytearray(8)
+        while record.ticket and self._lane is not None:
+            try:
+                size = self._lane.recv_into(mark, 8, NOW | PEEK)
+            except BlockingIOError:
+                return
+            if not size:
+                return
+            if _TICKET.unpack(mark)[0] > record.ticket:
+                return
+            self._lane.recv_into(mark, 8, NOW)
+
+    def exhausted(self, *, writer_gone: bool = False) -> bool:
+        """Whether all was read; if so the file was sealed and the writer is back at the socket."""
+        if self.at + 8 <= self._start + len(self._data) and not writer_gone:
+            return False  # it goes on in what was read already
+        if self.next() is not None:
+            return False
+        if self._memory.size > self.at and not writer_gone and not self._memory.sealed(SEAL_GROW):
+            return False  # a large record is being written
+        self._memory.seal(SEAL_GROW)
+        return self.next() is None  # what came in before the seal; a torn rest belongs to a writer that failed
+
+    def rewind(self) -> None:
+        """Put the shared position before the first record not taken, so that another holder can go on."""
+        self._memory.offset = self.at
 
     def close(self) -> None:
         """Let go at once (in a forked child; elsewhere it closes with its last reference)."""
         self._memory.close()
         if self._lane is not None:
             self._lane.close()
-
-    def _read(self) -> None:
-        if self._parsed - self._given_back >= _GIVE_BACK:
-            end = self._parsed // PAGE * PAGE
-            self._memory.discard(self._given_back, end)
-            self._given_back = end
-        unread = self._memory.size - self._parsed
-        if unread < 8:
-            return
-        data = self._memory.read(min(unread, _CHUNK), self._parsed)
-        first = 8 + (_HEADER.unpack_from(data)[0] >> 2)
-        if len(data) < first <= unread:
-            data = self._memory.read(first, self._parsed)
-        view = memoryview(data)
-        found: deque[tuple[int, memoryview, int]] = deque()
-        at, end, start = 0, len(data), self._parsed
-        while at + 8 <= end:
-            word = _HEADER.unpack_from(data, at)[0]
-            stop = at + 8 + (word >> 2)
-            if stop > end:
-                break
-            if word & _WITH_DESCRIPTORS:
-                found.append((start + at, view[at + 16 : stop], _TICKET.unpack_from(data, at + 8)[0]))
-            elif not word & _VOID:
-                found.append((start + at, view[at + 8 : stop], 0))
-            at = stop
-        self.ahead, self._parsed = found, start + at  # together: a signal handler may raise at any call above
-
-    def _aside(self, ticket: int) -> Descriptors | None:
-        mark = bytearray(8)
-        while self._lane is not None:
-            try:
-                _, descriptors = receive_with(self._lane, mark, NOW | PEEK)
-            except BlockingIOError:
-                break
-            found = _TICKET.unpack(mark)[0]
-            if found == ticket:
-                return descriptors
-            descriptors.close()
-            if found > ticket:
-                break
-            self._lane.recv_into(mark, 8, NOW)  # left by a post that failed before its record was written
-        return None
-
-    @property
-    def waiting(self) -> bool:
-        """Whether a whole packet is there."""
-        if not self.ahead:
-            self._read()
-        return bool(self.ahead)
-
-    def exhausted(self, *, writer_gone: bool = False) -> bool:
-        """Whether all was read; if so the file was sealed and the writer is back at the socket."""
-        if self.ahead:
-            return False
-        if self._memory.size > self._parsed and not writer_gone and not self._memory.sealed(SEAL_GROW):
-            return False  # more to read, or a large record that is being written
-        self._memory.seal(SEAL_GROW)
-        self._read()  # what came in before the seal; a torn rest belongs to a writer that died
-        return not self.ahead
-
-    def rewind(self) -> None:
-        """Put the shared position before the first packet not taken, so that another holder can go on."""
-        self._memory.offset = self.ahead[0][0] if self.ahead else self._parsed
-        self.ahead.clear()

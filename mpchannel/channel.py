@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing.connection
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from typing import Any, Generic, Self, TypeVar, final
 
 from ._clone import prepare
+from ._kernel import Bell, explain
 from ._link import open_pair
 from .errors import PortClosedError
 from .events import MessageEvent
@@ -36,7 +38,10 @@ class MessageChannel(Generic[One, Other]):
     port2: MessagePort[Other, One]
 
     def __init__(self) -> None:
-        prepare()
+        try:
+            prepare()
+        except OSError as error:
+            raise explain(error, "create a channel") from error  # not even the files of an import could be opened
         one, two = open_pair()
         self.port1 = MessagePort._of(one)
         self.port2 = MessagePort._of(two)
@@ -78,17 +83,29 @@ def wait(object_list: Iterable[Any], timeout: float | None = None) -> list[Any]:
     seconds.
     """
     waiting = list(object_list)
-    for each in waiting:
-        if isinstance(each, MessagePort) and each.detached:
-            each.fileno()  # raises, and says where it went
     deadline = None if timeout is None else time.monotonic() + timeout
-    while True:
-        over = [each for each in waiting if isinstance(each, MessagePort) and (each.closed or each._link.recovered)]
-        left = 0.0 if over else None if deadline is None else max(0.0, deadline - time.monotonic())
-        ready = multiprocessing.connection.wait([each for each in waiting if each not in over], left)
-        # A port's socket may hold a note between the two ends only, and no message.
-        ready = [each for each in ready if not isinstance(each, MessagePort) or each.poll()]
-        if ready or over:
-            return [each for each in waiting if each in over or each in ready]
-        if deadline is not None and time.monotonic() >= deadline:
-            return []
+    with ExitStack() as hung:
+        # A port may be moved away or closed by another thread while this one sleeps.
+        ports = [each for each in waiting if isinstance(each, MessagePort)]
+        bells: list[Any] = []
+        if ports:
+            bells.append(Bell())
+            for port in ports:
+                port._link.hang(bells[0])
+                hung.callback(port._link.take_down, bells[0])
+        while True:
+            for port in ports:
+                if port.detached:
+                    port.fileno()  # raises, and says where it went
+            over = [port for port in ports if port.closed or port._link.recovered]
+            left = 0.0 if over else None if deadline is None else max(0.0, deadline - time.monotonic())
+            rest = [each for each in waiting if each not in over]
+            ready = multiprocessing.connection.wait([*rest, *bells], left)
+            # A port's socket may hold a note between the two ends only, and no message.
+            ready = [each for each in ready if each not in bells and (not isinstance(each, MessagePort) or each.poll())]
+            if ready or over:
+                return [each for each in waiting if each in over or each in ready]
+            if deadline is not None and time.monotonic() >= deadline:
+                return []
+            for bell in bells:
+                bell.hush()

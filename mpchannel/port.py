@@ -240,6 +240,8 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
             event = MessageEvent(self, *self._open(taken))
             pooled = type(taken) is Buffer
         except BaseException as error:
+            self._link.dropped += (hand,)  # statements that no signal handler comes between: see Link.take
+            self._link.slow = True
             self._fumbled(hand, error)
         if pooled:
             spare_buffers[:0] = hand  # no call from here on, so no signal handler: the event is as good as returned
@@ -256,6 +258,8 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
             else:
                 message = self._open(taken)[0]
         except BaseException as error:
+            self._link.dropped += (hand,)  # statements that no signal handler comes between: see Link.take
+            self._link.slow = True
             self._fumbled(hand, error)
         if pooled:
             spare_buffers[:0] = hand  # as in receive()
@@ -277,6 +281,8 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
             taken = self._take_now(hand)
             event = None if taken is None else MessageEvent(self, *self._open(taken))
         except BaseException as error:
+            self._link.dropped += (hand,)  # statements that no signal handler comes between: see Link.take
+            self._link.slow = True
             self._fumbled(hand, error)
         return event
 
@@ -288,13 +294,10 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
                 with self._link.receiving:
                     if self._link.ready:
                         return True
-                if timeout == 0:
-                    return False
-                self._link.wait(deadline)
-            except TimeoutError:
-                return False
             except PortClosedError:
                 return True
+            if timeout == 0 or not self._link.wait(deadline):
+                return False
 
     def fileno(self) -> int:
         """The descriptor to wait on: readable when a message is there or the other end is gone. Do not read from it."""
@@ -313,6 +316,8 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
             event = MessageEvent(self, *self._open(taken))
             pooled = type(taken) is Buffer
         except BaseException as error:
+            self._link.dropped += (hand,)  # statements that no signal handler comes between: see Link.take
+            self._link.slow = True
             self._fumbled(hand, error)
         if pooled:
             spare_buffers[:0] = hand  # as in receive()
@@ -424,6 +429,8 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
             else:
                 data = bytes(taken)
         except BaseException as error:
+            self._link.dropped += (hand,)  # statements that no signal handler comes between: see Link.take
+            self._link.slow = True
             self._fumbled(hand, error)
         return data
 

@@ -31,7 +31,7 @@ from typing import Any, Final
 
 from . import _clone, _delivery, _kernel
 from ._clone import Departure
-from ._link import Link, begin_in_child, open_links
+from ._link import Link, begin_in_child, close_what_was_not_given, open_links
 from .port import MessagePort
 
 __all__ = ["given_ports"]
@@ -255,8 +255,7 @@ def _after_fork_in_child() -> None:
     _starts.clear()
     _delivery.after_fork_in_child()
     _sort_out(begin_in_child(), given)
-    for each in list(_kernel.loose):
-        each.close()
+    close_what_was_not_given()
 
 
 def _sort_out(inherited: list[Link], given: list[AnyPort]) -> None:
