@@ -664,7 +664,7 @@ _PACKAGE = os.path.dirname(os.path.abspath(mpchannel.__file__))
 
 
 @contextmanager
-def storm(handler: Callable[[], Any] | None = None, interval: float = 0.0003) -> Iterator[list[int]]:
+def storm(handler: Callable[[], Any] | None = None, interval: float = 0.001) -> Iterator[list[int]]:
     """A signal every *interval* seconds. The handler raises ``Interrupted`` out of whatever line of the package it
     interrupted, and nowhere else: what it interrupts in the test's own lines would be the test's own loss. With
     *handler*, that is called instead, on any line. Gives a list of one: how many times it came.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import random
+import signal
 import threading
 import time
 import weakref
@@ -26,6 +27,7 @@ class LivingChild:
         out, self.into = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
+            signal.alarm(100)  # it must not outlive the tests, whatever happens to them
             os.read(out, 1)
             os._exit(0)
         os.close(out)

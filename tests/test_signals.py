@@ -151,7 +151,7 @@ def test_a_storm_of_interrupts_on_a_receive_loop_loses_and_doubles_nothing(way: 
     assert (len(missing), doubled) == (0, 0), f"lost {sorted(missing)[:10]}"
     assert got == list(range(20_000))
     assert reason == "closed"
-    assert interrupted > 20
+    assert interrupted > 5
 
 
 @pytest.mark.parametrize("kind", ["send_bytes", "out of band", "large"])
@@ -393,7 +393,7 @@ def test_a_handler_that_posts_on_the_port_it_interrupts_in_posting_disturbs_no_m
             got[who].append(number)
     assert got["main"] == list(range(20_000))
     assert got["handler"] == list(range(by_handler))
-    assert by_handler > 20
+    assert by_handler > 5
 
 
 @pytest.mark.parametrize("large", [False, True], ids=("small", "ports and large bodies"))
