@@ -409,10 +409,12 @@ def unpack(parcel: Parcel) -> tuple[Any, tuple[Any, ...]]:
         finally:
             _here.arriving = outer
     except BaseException as error:
+        bad = message_error(error, parcel)
+        if bad is None and not descriptors.spent:
+            raise  # nothing was made yet: the parcel is as it was
         for each in arrived:
             each._undelivered()
         descriptors.close()
-        bad = message_error(error, parcel)
         if bad is None:
             raise
         raise bad from error

@@ -36,7 +36,7 @@ from .events import CloseEvent, EventTarget, MessageErrorEvent, MessageEvent, _L
 
 _TROUBLE_PAUSE: Final = 0.05  # seconds until delivery tries again after a limit of the system was hit
 STALL_PAUSE: Final = 0.001  # seconds until somebody looks again at a large message that is being written
-_LOOK_PAUSE: Final = 0.02  # seconds between two looks whether a port that is read by hand is over
+_LOOK_PAUSE: Final = 0.02  # seconds between two looks whether a port that is read by hand, or lent, is over
 
 
 class State(enum.Enum):
@@ -284,6 +284,8 @@ class Endpoint(EventTarget, Transferable):
         link = self._link
         if wanted is None:
             wanted = self._wanted()
+            if link.lent is not None:
+                self._look_later()
             if self._parked:
                 self._parked = False
                 link.ring()  # whoever waits for the close behind a message must ask to be told again
@@ -311,12 +313,16 @@ class Endpoint(EventTarget, Transferable):
         """A message was taken; maybe it was the one in the way. Looking each time would cost as much as a message."""
         self._link.ring()
         with self.lock:
-            if self._home is None or self._look_due:
-                return
+            self._look_later()
+
+    def _look_later(self) -> None:
+        """Under ``lock``."""
+        if self._home is not None and not self._look_due:
             self._look_due = True
-        self._home.call_later(_LOOK_PAUSE, partial(_look_again, weakref.ref(self)))
+            self._home.call_later(_LOOK_PAUSE, partial(_look_again, weakref.ref(self)))
 
     def _look_again(self) -> None:
+        self._lent_now()
         with self.lock:
             self._look_due = False
             if self._state is State.OPEN:
@@ -476,8 +482,12 @@ class Endpoint(EventTarget, Transferable):
             raise DataCloneError(f"{name} is a port that was {self._departure}")
         if self._state is State.CLOSED or not self._link.open:
             raise DataCloneError(f"{name} is a closed port: {self!r}")
-        if self._link.lent is not None and self._link.lent.pending:
+        if self._lent_now():
             raise DataCloneError(f"{name} is a port that is being given to a process right now")
+
+    def _lent_now(self) -> bool:
+        loan = self._link.lent
+        return loan is not None and loan.pending
 
     def _locks(self) -> list[tuple[int, int, Any]]:
         link = self._link

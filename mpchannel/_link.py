@@ -45,6 +45,7 @@ from ._kernel import (
     set_receive_timeout,
     shut,
     socket_pair,
+    taking_off,
     wait_readable,
 )
 from ._overflow import Inbox, Outbox
@@ -80,6 +81,7 @@ _BUFFER: Final = INLINE_MAX + 64
 _BLOCK: Final = 0.004  # seconds a receive call may hold the lock; a transfer or another reader waits that long
 _SPIN: Final = 60e-6  # seconds a port that was quick last time is asked again and again before its thread sleeps:
 _QUICK: Final = 200e-6  # a sleeping thread on another core takes some 50 us to wake
+_LOAN_LOOK: Final = 0.02  # seconds between two looks whether the start of a process that a link is lent to has failed
 _ROOM_TRIES: Final = 20  # times to ask for room before opening an overflow file, which costs about 40 us
 _BODIES_QUEUED: Final = 16 * 2 * 768
 """Unread bytes in the socket from which on large bodies go to the overflow file: no more than some 16 of them may wait
@@ -187,11 +189,13 @@ class Link:
         "_expected",
         "_hot",
         "_inbox",
+        "_looks",
         "_outbox",
         "_owes",
         "_recv_into",
         "_send",
         "_sock",
+        "_taking",
         "_timed",
         "channel",
         "dropped",
@@ -209,7 +213,7 @@ class Link:
     def __init__(self, sock: Socket, channel: bytes, side: int, peer_pid: int | None, expected: int = 0) -> None:
         self.receiving = threading.RLock()
         self.sending = threading.RLock()
-        self._sock: Socket | None = sock
+        self._sock: Socket | None = None  # until all is there: see __del__
         self._send: Callable[..., Any] = sock.send
         self._recv_into: Callable[..., int] = sock.recv_into
         self.channel = channel  # 12 bytes, the same at both ends and nowhere else
@@ -222,6 +226,8 @@ class Link:
         self._expected = expected  # heads-ups taken whose packet is still to come
         self.slow = bool(expected)  # take with care: something below is set
         self.dropped: tuple[Hand, ...] = ()
+        self._looks = 0  # how often the next packet was looked at: a signal handler may do so while somebody else does
+        self._taking = False  # a packet is being taken plainly, which a signal handler may be in the midst of
         self._inbox: Inbox | None = None
         self._back: deque[bytearray | memoryview | Parcel] = deque()  # taken, and recovered
         self._end: End | None = None
@@ -231,6 +237,7 @@ class Link:
         self._bells: list[Bell] = []
         self._hot = False
         self._timed = False
+        self._sock = sock
         _links[id(self)] = weakref.ref(self), sock
 
     def __del__(self) -> None:
@@ -408,26 +415,33 @@ class Link:
 
     # Taking. The caller holds ``receiving``, and gives a hand: an empty list.
 
-    def take(self, hand: Hand, flags: int = NOW) -> Taken | None:
-        """The next packet or the end; ``None`` if nothing is there. With ``flags=0`` it waits a few milliseconds.
+    def take(self, hand: Hand) -> Taken | None:
+        """The next packet or the end; ``None`` if nothing is there.
 
         What is taken is in *hand* at the very moment it leaves the queue. So an exception of a signal handler, which
         may come up behind any call, loses nothing: whoever gets it adds the hand to ``dropped`` and sets ``slow``
         (statements behind which no handler runs), and whoever takes next finds it there.
         """
-        if self.slow:
-            return self._take_slowly(hand, flags)
-        return self._take_plainly(hand, flags)
+        looks = self._looks
+        return self._take_slowly(hand) if self.slow or self._taking else self._take_plainly(hand, looks)
 
-    def _take_plainly(self, hand: Hand, flags: int) -> Taken | None:
+    def _take_plainly(self, hand: Hand, looks: int) -> Taken | None:
+        """The next packet as it comes off the socket, if the *looks* at the packets there are all that there were."""
         try:
             buffer = spare_buffers.pop()
         except IndexError:
             buffer = Buffer(_BUFFER)
         buffer[0] = buffer.size = 0
         hand.append(buffer)
+        if self._looks != looks:
+            hand.clear()
+            return self.take(hand)
+        taking, self._taking = self._taking, True
         try:
-            size = buffer.size = self._recv_into(buffer, 0, flags)
+            size = buffer.size = self._recv_into(buffer, 0, NOW)
+            if buffer[0] == PICKLE:
+                return buffer
+            noted = self._keep_house(buffer, size)
         except BlockingIOError:
             hand.clear()
             spare_buffers.append(buffer)
@@ -435,13 +449,13 @@ class Link:
         except ConnectionResetError:
             # The other end closed with messages of ours unread. What it had sent before is still in the queue.
             hand.clear()
-            return self._take_plainly(hand, flags)
-        if buffer[0] == PICKLE:
-            return buffer
-        if self._keep_house(buffer, size):
+            return self.take(hand)
+        finally:
+            self._taking = taking
+        if noted:
             hand.clear()
             spare_buffers.append(buffer)
-            return self._end or self.take(hand, flags)
+            return self._end or self.take(hand)
         hand[0] = parcel = Parcel(memoryview(buffer)[:size], Descriptors())
         return parcel
 
@@ -466,6 +480,7 @@ class Link:
     def _keep_house(self, buffer: bytearray | memoryview, size: int) -> bool:
         """Note what a packet without a message says. ``False`` if it has a message."""
         kind = buffer[0] if size else 0
+        self._looks += 1
         if not size or kind == CLOSE:
             end = self._end_told_by(buffer, size)
             self.slow, self._end = True, end
@@ -485,9 +500,11 @@ class Link:
         return End(REASONS[min(reason, len(REASONS) - 1)], pid)
 
     def _set_pace(self) -> None:
-        self.slow = bool(self.dropped or self._back or self._expected or self._end or self.lent)
+        # Without a call: what a signal handler sets meanwhile must not be overwritten.
+        slow = self.dropped or self._back or self._expected or self._end or self._inbox or self.lent
+        self.slow = not not slow  # noqa: SIM208
 
-    def _take_slowly(self, hand: Hand, flags: int) -> Taken | None:
+    def _take_slowly(self, hand: Hand) -> Taken | None:
         """``take`` while something is put back, announced, over or lent."""
         while True:
             if self.dropped:
@@ -506,43 +523,50 @@ class Link:
                 found = self._take_overflowed(self._inbox, hand)
                 if found is not None or self._inbox is not None:
                     return found
-            elif not self._expected:
+            elif not self._expected and not self._taking:
+                looks = self._looks
                 self._set_pace()
-                return self._take_plainly(hand, flags)
+                return self.take(hand) if self.slow else self._take_plainly(hand, looks)
             else:
-                found = self._look(hand, flags)
+                found = self._look(hand)
                 if found is not None or self._inbox is None:
                     return found
 
-    def _look(self, hand: Hand, flags: int) -> Taken | None:
+    def _look(self, hand: Hand) -> Taken | None:
         """Take the next packet off the socket only when its descriptors are safe in hand."""
         sock = self._socket()
+        self._looks = looks = self._looks + 1
         buffer = spare_buffers.pop() if spare_buffers else Buffer(_BUFFER)
         try:
-            if not flags:
-                sock.recv_into(buffer, 1, PEEK)  # waits here, where no descriptors come: that must not take time
             size, descriptors = receive_with(sock, buffer, NOW | PEEK)
         except BlockingIOError:
             spare_buffers.append(buffer)
             return None
         except ConnectionResetError:
-            return self._look(hand, flags)
+            return self._look(hand)
         kind = buffer[0] if size else 0
         if kind not in (ANNOUNCE, CARRIER):
             spare_buffers.append(buffer)
-            return self._take_plainly(hand, NOW)
+            return self._take_plainly(hand, looks)
         if kind == CARRIER:
             parcel = unwrap(memoryview(buffer)[:size], descriptors)
             spare_buffers.append(buffer)
         else:
             spare_buffers.append(buffer)
             try:
-                self._inbox = Inbox(descriptors)
-                return None
+                inbox = Inbox(descriptors)
             except (OSError, IndexError):
                 parcel = Parcel(memoryview(b""), descriptors)  # no overflow file at all: it will not load
+            else:
+                if self._looks != looks:
+                    return self._take_slowly(hand)  # a signal handler saw it, and maybe the end of it
+                self._inbox, self.slow = inbox, True
+                return None
         # One call that takes the packet off and, if it did, puts the parcel in hand.
-        hand.extend(itertools.compress((parcel,), map(sock.recv_into, (bytearray(1),), (0,), (NOW,))))
+        taking = itertools.compress((parcel,), taking_off(sock))
+        if self._looks != looks:
+            return self._take_slowly(hand)  # a signal handler took it
+        hand.extend(taking)
         self._expected = self._expected - 1 if self._expected else 0
         return parcel
 
@@ -560,30 +584,31 @@ class Link:
             noted = self._keep_house(packet, len(packet))
             taken = None if noted else Parcel(memoryview(bytearray(packet)), Descriptors())
         if inbox.at != record.at:
-            return self._take_slowly(hand, NOW)  # a signal handler took it
+            return self._take_slowly(hand)  # a signal handler took it
         # No call, and so no signal handler, in the next three statements.
         if taken is not None:
             hand += (taken,)
         inbox.at = record.after
         inbox.drop_aside(record)
         self._leave_if_exhausted(inbox, found_nothing=False)
-        return self._take_slowly(hand, NOW) if taken is None else taken
+        return self._take_slowly(hand) if taken is None else taken
 
     def _leave_if_exhausted(self, inbox: Inbox, found_nothing: bool) -> None:
         # At once when the last packet is taken, so that "readable" means that a message is there.
-        sock = self._socket()
-        if not inbox.exhausted(writer_gone=found_nothing and hung_up(sock)):
+        sock = self._sock
+        if sock is None or not (inbox.left or inbox.exhausted(writer_gone=found_nothing and hung_up(sock))):
             return
-        taken_off: list[int] = []
-        try:
+        while not inbox.left:
             # The announcement; the socket has the rest. (A reset comes first, and once, if the other end died.)
+            taking = taking_off(sock)
+            if inbox.left:
+                break  # a signal handler took it
             try:
-                taken_off.extend(map(sock.recv_into, (bytearray(8),), (0,), (NOW,)))
+                inbox.left.extend(taking)
             except ConnectionResetError:
-                taken_off.extend(map(sock.recv_into, (bytearray(8),), (0,), (NOW,)))
-        finally:
-            if taken_off and self._inbox is inbox:
-                self._inbox, self._expected = None, self._expected - 1 if self._expected else 0
+                continue
+        if self._inbox is inbox:
+            self._inbox, self._expected = None, self._expected - 1 if self._expected else 0
         self._set_pace()
 
     def _socket(self) -> Socket:
@@ -613,6 +638,7 @@ class Link:
                 if self._inbox is not None:
                     return False
             sock = self._socket()
+            looks = self._looks
             try:
                 size = sock.recv_into(peek, 0, NOW | PEEK)
             except BlockingIOError:
@@ -623,20 +649,21 @@ class Link:
                 return self._end_told_by(peek, size)  # left where it is: it moves with the link
             if not self._keep_house(peek, size):
                 return True
-            sock.recv_into(peek, 0, NOW)
+            taking = taking_off(sock)
+            if self._looks == looks + 1:  # else a signal handler took it
+                deque(taking, 0)
 
     # Waiting
 
     def next(self, hand: Hand, timeout: float | None = None) -> Taken:
         """Take the next packet, or the end, waiting for it. Raises ``TimeoutError``.
 
-        A port that was quick last time is asked again for some 60 us before its thread sleeps; then one receive call
-        waits for some milliseconds, which is one system call for a message; only then comes ``poll``, which a
-        transfer can wake.
+        A port that was quick last time is asked again for some 60 us before its thread sleeps; then the socket itself
+        waits for some milliseconds, which wakes sooner than ``poll``; only then comes that, which a transfer can wake.
         """
         if self._hot:
             with self.receiving:
-                taken = self._take_slowly(hand, NOW) if self.slow else self._take_plainly(hand, NOW)
+                taken = self.take(hand)
             if taken is not None:
                 return taken
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -670,11 +697,22 @@ class Link:
                 taken = self.take(hand)
                 if taken is not None:
                     return taken
+        if self.slow:
+            return self.take(hand)
+        sock = self._socket()
         if not self._timed:
-            set_receive_timeout(self._socket(), _BLOCK)
+            set_receive_timeout(sock, _BLOCK)
             self._timed = True
+        self._hot = False
         began = time.perf_counter()
-        taken = self.take(hand, 0)
+        try:
+            # Waits here, without taking: a signal handler that receives as well is called in the midst of it.
+            sock.recv_into(bytearray(1), 1, PEEK)
+        except BlockingIOError:
+            return None
+        except ConnectionResetError:
+            pass  # see _take_plainly
+        taken = self.take(hand)
         self._hot = taken is not None and time.perf_counter() - began < _QUICK
         return taken
 
@@ -710,8 +748,11 @@ class Link:
             elif self._inbox is not None:
                 # A large record is being written; the socket is readable all the while.
                 wait_readable(None, bell, 0.0005)
+            elif self.lent is not None:
+                # Nothing tells of a start that failed, only a look; one that succeeded rings.
+                wait_readable(None, bell, _LOAN_LOOK if seconds is None else min(seconds, _LOAN_LOOK))
             else:
-                wait_readable(None if self.lent is not None else number, bell, seconds)
+                wait_readable(number, bell, seconds)
         finally:
             self.take_down(bell)
         return True

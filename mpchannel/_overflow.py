@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import struct
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple, final
 
@@ -33,6 +34,7 @@ from ._kernel import (
     receive_with,
     send_with,
     socket_pair,
+    taking_off,
 )
 
 _HEADER: Final = struct.Struct("<Q")
@@ -138,7 +140,7 @@ class Record(NamedTuple):
 class Inbox:
     """The reader's side of one file."""
 
-    __slots__ = ("_data", "_given_back", "_lane", "_memory", "_start", "at")
+    __slots__ = ("_data", "_given_back", "_lane", "_memory", "_start", "at", "left")
 
     def __init__(self, descriptors: Descriptors) -> None:
         """*descriptors*: the file, and the lane if there is one. Raises ``OSError`` if they are no such things."""
@@ -148,21 +150,23 @@ class Inbox:
             raise OSError(errno.EINVAL, "an overflow file must be sealed against shrinking")
         self.at = self._memory.offset
         """Where the next record begins. The reader sets it to a record's ``after`` to take that record away."""
+        self.left: list[int] = []  # not empty: its announcement was taken off the socket
         self._given_back = -(-self.at // PAGE) * PAGE
         self._data, self._start = memoryview(b""), self.at  # what was read, and where it begins
 
     def next(self) -> Record | None:
         """The next record; ``None`` if no whole one is there."""
         while True:
-            inside, at = self.at - self._start, self.at
-            if 0 <= inside <= len(self._data) - 8:
-                word = _HEADER.unpack_from(self._data, inside)[0]
+            at, data, start = self.at, self._data, self._start
+            inside = at - start
+            if 0 <= inside <= len(data) - 8:
+                word = _HEADER.unpack_from(data, inside)[0]
                 end = inside + 8 + (word >> 2)
-                if end <= len(self._data):
+                if end <= len(data):
                     if not word & _DESCRIBED:
-                        return Record(self._data[inside + 8 : end], at, self._start + end, 0)
-                    ticket = _TICKET.unpack_from(self._data, inside + 8)[0]
-                    return Record(self._data[inside + 16 : end], at, self._start + end, ticket)
+                        return Record(data[inside + 8 : end], at, start + end, 0)
+                    ticket = _TICKET.unpack_from(data, inside + 8)[0]
+                    return Record(data[inside + 16 : end], at, start + end, ticket)
             if not self._read():
                 return None
 
@@ -201,7 +205,10 @@ class Inbox:
             found.close()
             if _TICKET.unpack(mark)[0] > record.ticket:
                 break
-            self._lane.recv_into(mark, 8, NOW)  # left by a post that failed before its record was written
+            dropping = taking_off(self._lane)  # left by a post that failed before its record was written
+            if self.at != record.at:
+                break  # a signal handler took it all
+            deque(dropping, 0)
         return Descriptors()
 
     def drop_aside(self, record: Record) -> None:
@@ -216,7 +223,10 @@ class Inbox:
                 return
             if _TICKET.unpack(mark)[0] > record.ticket:
                 return
-            self._lane.recv_into(mark, 8, NOW)
+            dropping = taking_off(self._lane)
+            if self.at != record.after:
+                return  # a signal handler took more, and dropped more
+            deque(dropping, 0)
 
     def exhausted(self, *, writer_gone: bool = False) -> bool:
         """Whether all was read; if so the file was sealed and the writer is back at the socket."""

@@ -137,7 +137,7 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
             warnings.warn(
                 f"{self!r} posts its own other end: the message is lost and the channel is closed",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
         sent: list[int] = []
         locks = [lock for each in objects for lock in each._locks()]

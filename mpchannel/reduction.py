@@ -6,7 +6,7 @@ parent's channels). *Given* means reachable from the process's target, arguments
 
 Nobody tells a reducer whether the start succeeded, and the stdlib's ``Process`` knows nothing of us. The moment is when
 the Popen object gets its ``pid``: until then the ports are *lent*, which means that they take nothing; then they are
-detached; if the Popen object goes without a pid, nothing happened.
+detached; if the Popen object goes without a pid, or its constructor is left, nothing happened.
 
 House rules: everything here works for the stdlib's own ``Process`` as well. Hooks run at every fork of the program, so
 they are quick, and they never raise.
@@ -19,6 +19,7 @@ import multiprocessing
 import multiprocessing.context
 import multiprocessing.popen_fork
 import multiprocessing.process
+import multiprocessing.queues
 import multiprocessing.reduction
 import multiprocessing.util
 import os
@@ -57,8 +58,8 @@ class _Start:
 
     @property
     def pending(self) -> bool:
-        # The starting thread itself comes to use a port again: then the start is over, and it did not succeed.
-        if self.ports and threading.get_ident() == self.thread and not _starting_here(self.popen()):
+        # If the thread is out of the call that starts, and the start was not seen to succeed, it failed.
+        if self.ports and not _is_starting(self.thread, self.popen()):
             self.failed()
         return bool(self.ports)
 
@@ -87,9 +88,9 @@ def starts_failed() -> None:
 _starts: weakref.WeakKeyDictionary[Any, _Start] = weakref.WeakKeyDictionary()
 
 
-def _starting_here(popen: Any) -> bool:
-    """Whether this thread is inside the ``Popen(...)`` call of *popen*."""
-    frame: types.FrameType | None = sys._getframe(1)
+def _is_starting(thread: int, popen: Any) -> bool:
+    """Whether *thread* is inside the ``Popen(...)`` call of *popen*."""
+    frame: types.FrameType | None = sys._current_frames().get(thread)
     while frame is not None:
         if frame.f_code.co_name == "_launch" and frame.f_locals.get("self") is popen:
             return True
@@ -168,7 +169,10 @@ multiprocessing.reduction.register(MessagePort, _reduce_port)
 
 # fork: by inheritance
 
-_NOT_ENTERED: Final = (type, types.ModuleType, types.FrameType, types.TracebackType, types.CodeType, weakref.ref)
+_NOT_ENTERED: Final = (
+    *(type, types.ModuleType, types.FrameType, types.TracebackType, types.CodeType, weakref.ref),
+    multiprocessing.queues.Queue,  # what waits in it goes to whoever takes it, which this process need not be
+)
 
 
 def given_ports(process: multiprocessing.process.BaseProcess) -> list[AnyPort]:

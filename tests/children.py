@@ -759,32 +759,30 @@ def post_in_a_storm(port: Port, results: Port, count: int, sizes: tuple[int, ...
 def move_ports_in_a_storm(port: Port, results: Port, count: int) -> None:
     """Move ports, with their numbers posted ahead; post (those that stayed here, errors, times interrupted)."""
     stayed, errors = [], []
+
+    def insist(fn: Callable[[], Any]) -> Any:
+        while True:
+            try:
+                return fn()
+            except Interrupted:
+                continue
+
     with storm() as interrupted:
         for number in range(count):
-            while True:
-                try:
-                    mine, moving = mpchannel.MessageChannel()
-                    break
-                except Interrupted:
-                    continue
+            mine, moving = insist(lambda: tuple(mpchannel.MessageChannel()))
             while True:
                 try:
                     port.post_message(number, [moving])
                     break
                 except Interrupted:
-                    if moving.detached:
+                    if insist(lambda: moving.detached):  # noqa: B023  # called at once
                         break  # it went before the exception came
                 except Exception as error:  # noqa: BLE001  # reported
                     errors.append(repr(error))
                     break
-            if not moving.detached:
+            if not insist(lambda: moving.detached):  # noqa: B023  # called at once
                 stayed.append(number)
-            while True:
-                try:
-                    mine.close()
-                    break
-                except Interrupted:
-                    continue
+            insist(mine.close)
     results.post_message((stayed, errors[:5], interrupted[0]))
     port.close()
 

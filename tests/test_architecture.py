@@ -46,7 +46,7 @@ def _imports(path: Path) -> list[tuple[str, ast.AST]]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [each.name for each in node.names if each.name.split(".")[0] == "mpchannel"]
-            found += [((name.split(".") + ["__init__"])[1], node) for name in names]
+            found += [([*name.split("."), "__init__"][1], node) for name in names]
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
             if node.level == 1 and not room.endswith(".py"):
@@ -54,7 +54,7 @@ def _imports(path: Path) -> list[tuple[str, ast.AST]]:
             if node.level:
                 found += [(module.split(".")[0] or each.name, node) for each in node.names]
             elif module.split(".")[0] == "mpchannel":
-                found += [((module.split(".") + ["__init__"])[1], node) for _ in node.names]
+                found += [([*module.split("."), "__init__"][1], node) for _ in node.names]
     return found
 
 
