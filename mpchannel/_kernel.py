@@ -160,8 +160,14 @@ def close_inherited(kept: set[Socket]) -> None:
         each.close()
 
 
+_SOCKET_KIND: Final = socket.AF_UNIX, socket.SOCK_SEQPACKET, 0
+
+
 def _own(number: int) -> Socket:
-    sock = Socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=number)
+    return _owned(Socket(*_SOCKET_KIND, number))
+
+
+def _owned(sock: Socket) -> Socket:
     if sock.gettimeout() is not None:  # socket.setdefaulttimeout() was called; it would set O_NONBLOCK
         sock.settimeout(None)
     _sockets[id(sock)] = weakref.ref(sock)
@@ -201,28 +207,31 @@ class Descriptors:
     Those of an envelope are taken out when ``complete`` is called, which needs room for all of them.
     """
 
-    __slots__ = ("__weakref__", "_awaited", "_envelope", "_numbers", "spent")
+    __slots__ = ("__weakref__", "_awaited", "_claimed", "_envelope", "_numbers", "_received", "spent")
 
-    def __init__(self, numbers: Sequence[int] = ()) -> None:
-        self._numbers = list(numbers)
+    def __init__(self) -> None:
+        self._received: list[Any] = []  # what recvmsg gave and nobody has unpacked yet
+        self._numbers: list[int] = []
+        self._claimed: list[Socket] = []  # made of the first of the numbers, which is still among them
         self._envelope: Socket | None = None
         self._awaited = 0
         self.spent = False  # somebody began to make things of them
-        if numbers:
-            loose.add(self)
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     def claim_socket(self) -> Socket:
         """The next one, as a socket. Raises ``OSError`` if it is none. (Under ``crossing`` until a link owns it.)"""
-        number, self._numbers = self._numbers[0], self._numbers[1:]  # better lost than owned twice
-        return _own(number)
+        # Each step is one call, or none, so that a signal handler's exception finds one owner.
+        self._claimed.extend(map(Socket, *zip(_SOCKET_KIND), (self._numbers[0],)))
+        sock, self._claimed, self._numbers = self._claimed[0], [], self._numbers[1:]
+        return _owned(sock)
 
     def claim_memory(self) -> Memory:
         """The next one, as memory."""
-        number, self._numbers = self._numbers[0], self._numbers[1:]
-        return Memory(number)
+        memory = Memory(-1)
+        memory._number, self._numbers = self._numbers[0], self._numbers[1:]
+        return memory
 
     def take(self, count: int) -> Descriptors:
         """The next *count* of them, in an owner of their own."""
@@ -265,8 +274,27 @@ class Descriptors:
                     if error.errno not in (errno.EINVAL, errno.EPERM):  # no memory at all, or sealed for good
                         raise
 
+    def receive(self, sock: Socket, buffer: bytearray, flags: int) -> tuple[int, int]:
+        """Receive a packet into *buffer*, and what comes with it here: (bytes, flags)."""
+        loose.add(self)
+        self._received.extend(map(sock.recvmsg_into, ((buffer,),), (_RIGHTS_ROOM,), (flags,)))
+        size, _, got, _ = self._received[0]
+        self._unpack()
+        return size, got
+
+    def _unpack(self) -> None:
+        numbers: list[int] = []
+        for _, control, _, _ in self._received:
+            for level, kind, data in control:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    numbers += struct.unpack(f"{len(data) // 4}i", data[: len(data) // 4 * 4])
+        self._numbers, self._received = numbers, []
+
     def close(self) -> None:
-        numbers, self._numbers = self._numbers, []
+        if self._received:
+            self._unpack()
+        claimed = len(self._claimed)
+        numbers, self._numbers, self._claimed = self._numbers[claimed:], [], []
         for number in numbers:
             os.close(number)
         envelope, self._envelope = self._envelope, None
@@ -295,12 +323,8 @@ def receive_with(sock: Socket, buffer: bytearray, flags: int) -> tuple[int, Desc
     for them in this process; with ``PEEK`` among the flags nothing is lost by that.
     """
     with crossing:
-        size, control, got, _ = sock.recvmsg_into((buffer,), _RIGHTS_ROOM, flags | _CLOEXEC)
-        numbers: list[int] = []
-        for level, kind, data in control:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                numbers += struct.unpack(f"{len(data) // 4}i", data[: len(data) // 4 * 4])
-        descriptors = Descriptors(numbers)
+        descriptors = Descriptors()
+        size, got = descriptors.receive(sock, buffer, flags | _CLOEXEC)
     if got & _CUT:
         descriptors.close()
         raise explain(OSError(errno.EMFILE, ""), "receive the descriptors that came with a message")
