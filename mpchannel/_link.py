@@ -187,7 +187,6 @@ class Link:
         "_bodies",
         "_end",
         "_expected",
-        "_hot",
         "_inbox",
         "_looks",
         "_outbox",
@@ -199,6 +198,7 @@ class Link:
         "_timed",
         "channel",
         "dropped",
+        "hot",
         "lent",
         "owner",
         "peer_pid",
@@ -227,7 +227,7 @@ class Link:
         self.slow = bool(expected)  # take with care: something below is set
         self.dropped: tuple[Hand, ...] = ()
         self._looks = 0  # how often the next packet was looked at: a signal handler may do so while somebody else does
-        self._taking = False  # a packet is being taken plainly, which a signal handler may be in the midst of
+        self._taking = False  # a packet is being taken as it comes, which a signal handler may be in the midst of
         self._inbox: Inbox | None = None
         self._back: deque[bytearray | memoryview | Parcel] = deque()  # taken, and recovered
         self._end: End | None = None
@@ -235,7 +235,7 @@ class Link:
         self._owes = False  # a heads-up was sent whose packet is still to be sent
         self._bodies = 0  # bytes of bodies sent in memory since the queue was last seen empty
         self._bells: list[Bell] = []
-        self._hot = False
+        self.hot = False  # the last message came quickly
         self._timed = False
         self._sock = sock
         _links[id(self)] = weakref.ref(self), sock
@@ -415,18 +415,19 @@ class Link:
 
     # Taking. The caller holds ``receiving``, and gives a hand: an empty list.
 
-    def take(self, hand: Hand) -> Taken | None:
+    def take(self, hand: Hand, looks: int | None = None) -> Taken | None:
         """The next packet or the end; ``None`` if nothing is there.
 
         What is taken is in *hand* at the very moment it leaves the queue. So an exception of a signal handler, which
         may come up behind any call, loses nothing: whoever gets it adds the hand to ``dropped`` and sets ``slow``
         (statements behind which no handler runs), and whoever takes next finds it there.
-        """
-        looks = self._looks
-        return self._take_slowly(hand) if self.slow or self._taking else self._take_plainly(hand, looks)
 
-    def _take_plainly(self, hand: Hand, looks: int) -> Taken | None:
-        """The next packet as it comes off the socket, if the *looks* at the packets there are all that there were."""
+        *looks* is for ``_take_slowly``: take as it comes, if these are all the looks at the next packet there were.
+        """
+        if looks is None:
+            looks = self._looks
+            if self.slow or self._taking:
+                return self._take_slowly(hand)
         try:
             buffer = spare_buffers.pop()
         except IndexError:
@@ -526,7 +527,7 @@ class Link:
             elif not self._expected and not self._taking:
                 looks = self._looks
                 self._set_pace()
-                return self.take(hand) if self.slow else self._take_plainly(hand, looks)
+                return self.take(hand) if self.slow else self.take(hand, looks)
             else:
                 found = self._look(hand)
                 if found is not None or self._inbox is None:
@@ -547,7 +548,7 @@ class Link:
         kind = buffer[0] if size else 0
         if kind not in (ANNOUNCE, CARRIER):
             spare_buffers.append(buffer)
-            return self._take_plainly(hand, looks)
+            return self.take(hand, looks)
         if kind == CARRIER:
             parcel = unwrap(memoryview(buffer)[:size], descriptors)
             spare_buffers.append(buffer)
@@ -661,11 +662,6 @@ class Link:
         A port that was quick last time is asked again for some 60 us before its thread sleeps; then the socket itself
         waits for some milliseconds, which wakes sooner than ``poll``; only then comes that, which a transfer can wake.
         """
-        if self._hot:
-            with self.receiving:
-                taken = self.take(hand)
-            if taken is not None:
-                return taken
         deadline = None if timeout is None else time.monotonic() + timeout
         brief = timeout is not None and timeout < 2 * _BLOCK
         while True:
@@ -690,20 +686,22 @@ class Link:
         return self._inbox is not None or self.lent is not None
 
     def _take_soon(self, hand: Hand) -> Taken | None:
-        if self._hot:
+        if self.hot:
             until = time.perf_counter() + _SPIN
-            while time.perf_counter() < until:
-                os.sched_yield()
+            while True:
                 taken = self.take(hand)
                 if taken is not None:
                     return taken
+                if time.perf_counter() >= until:
+                    break
+                os.sched_yield()
         if self.slow:
             return self.take(hand)
         sock = self._socket()
         if not self._timed:
             set_receive_timeout(sock, _BLOCK)
             self._timed = True
-        self._hot = False
+        self.hot = False
         began = time.perf_counter()
         try:
             # Waits here, without taking: a signal handler that receives as well is called in the midst of it.
@@ -711,9 +709,9 @@ class Link:
         except BlockingIOError:
             return None
         except ConnectionResetError:
-            pass  # see _take_plainly
+            pass  # see take
         taken = self.take(hand)
-        self._hot = taken is not None and time.perf_counter() - began < _QUICK
+        self.hot = taken is not None and time.perf_counter() - began < _QUICK
         return taken
 
     def wait(self, deadline: float | None, *, asleep_while: Callable[[], bool] | None = None) -> bool:
