@@ -160,11 +160,12 @@ def close_inherited(kept: set[Socket]) -> None:
         each.close()
 
 
-_SOCKET_KIND: Final = socket.AF_UNIX, socket.SOCK_SEQPACKET, 0
+def _kind() -> tuple[int, int, int]:
+    return socket.AF_UNIX, socket.SOCK_SEQPACKET, 0
 
 
 def _own(number: int) -> Socket:
-    return _owned(Socket(*_SOCKET_KIND, number))
+    return _owned(Socket(*_kind(), number))
 
 
 def _owned(sock: Socket) -> Socket:
@@ -223,7 +224,7 @@ class Descriptors:
     def claim_socket(self) -> Socket:
         """The next one, as a socket. Raises ``OSError`` if it is none. (Under ``crossing`` until a link owns it.)"""
         # Each step is one call, or none, so that a signal handler's exception finds one owner.
-        self._claimed.extend(map(Socket, *zip(_SOCKET_KIND), (self._numbers[0],)))
+        self._claimed.extend(map(Socket, *zip(_kind()), (self._numbers[0],)))
         sock, self._claimed, self._numbers = self._claimed[0], [], self._numbers[1:]
         return _owned(sock)
 

@@ -575,6 +575,7 @@ class Link:
         """The next packet of the overflow file; ``None`` if there is none, and then maybe no file either."""
         record = inbox.next()
         if record is None:
+            self._socket()  # raises if a signal handler closed it
             self._leave_if_exhausted(inbox, found_nothing=True)
             return None
         packet = record.packet
@@ -636,9 +637,9 @@ class Link:
                 if self._inbox.next() is not None:
                     return True
                 self._leave_if_exhausted(self._inbox, found_nothing=True)
-                if self._inbox is not None:
-                    return False
             sock = self._socket()
+            if self._inbox is not None:
+                return False
             looks = self._looks
             try:
                 size = sock.recv_into(peek, 0, NOW | PEEK)
