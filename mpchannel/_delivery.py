@@ -189,10 +189,9 @@ class _DeliveryThread:
                 thread = threading.Thread(target=self._serve, name="mpchannel delivery", daemon=True)
                 try:
                     thread.start()
-                except RuntimeError:
-                    # From 3.12 on: the interpreter is shutting down (or the system has no thread to spare, which the
-                    # next listener will find out again).
-                    if not _at_exit.begun:
+                except RuntimeError as error:
+                    # From 3.12 on: the interpreter is shutting down. (Or the system has no thread to spare.)
+                    if not _at_exit.begun and "shutdown" not in str(error):
                         raise
                 else:
                     self._thread = thread

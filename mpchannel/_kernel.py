@@ -382,6 +382,13 @@ def hung_up(sock: Socket) -> bool:
     return bool(poller.poll(0))
 
 
+def wait_writable(sock: Socket, milliseconds: int) -> bool:
+    """Wait until a quarter of the room or less is taken, or the other end is gone. Whether that came in time."""
+    poller = select.poll()
+    poller.register(sock, select.POLLOUT)
+    return bool(poller.poll(milliseconds))
+
+
 def wait_readable(number: int | None, bell: Bell, seconds: float | None) -> None:
     """Wait until the socket with that *number* (if any) has something or *bell* rings. (The number alone, so that a
     wait, or the traceback of one, keeps nothing open. Whoever closes it rings.)

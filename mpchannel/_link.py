@@ -47,6 +47,7 @@ from ._kernel import (
     socket_pair,
     taking_off,
     wait_readable,
+    wait_writable,
 )
 from ._overflow import Inbox, Outbox
 from ._wire import (
@@ -83,6 +84,7 @@ _SPIN: Final = 60e-6  # seconds a port that was quick last time is asked again a
 _QUICK: Final = 200e-6  # a sleeping thread on another core takes some 50 us to wake
 _LOAN_LOOK: Final = 0.02  # seconds between two looks whether the start of a process that a link is lent to has failed
 _ROOM_TRIES: Final = 20  # times to ask for room before opening an overflow file, which costs about 40 us
+_ROOM_WAIT: Final = 1  # ms to wait for a receiver that was seen to take something
 _BODIES_QUEUED: Final = 16 * 2 * 768
 """Unread bytes in the socket from which on large bodies go to the overflow file: no more than some 16 of them may wait
 in memory of their own, as the descriptors that a user has in flight are limited (each body: two packets of 768)."""
@@ -358,7 +360,12 @@ class Link:
                     return False  # plain data must not use up the user's descriptors in flight
                 if error.errno not in _NO_ROOM:
                     raise
+            waiting = queued(sock)
             os.sched_yield()
+            if queued(sock) < waiting:
+                # The receiver is at work: room comes soon, and asking for it all the while would slow him down.
+                if not wait_writable(sock, _ROOM_WAIT):
+                    return False
         return False
 
     def _send_described(
