@@ -362,10 +362,9 @@ class Link:
                     raise
             waiting = queued(sock)
             os.sched_yield()
-            if queued(sock) < waiting:
-                # The receiver is at work: room comes soon, and asking for it all the while would slow him down.
-                if not wait_writable(sock, _ROOM_WAIT):
-                    return False
+            # If the receiver is at work, room comes soon, and asking for it all the while would slow him down.
+            if queued(sock) < waiting and not wait_writable(sock, _ROOM_WAIT):
+                return False
         return False
 
     def _send_described(
@@ -431,19 +430,17 @@ class Link:
 
         *looks* is for ``_take_slowly``: take as it comes, if these are all the looks at the next packet there were.
         """
-        if looks is None:
-            looks = self._looks
-            if self.slow or self._taking:
-                return self._take_slowly(hand)
         try:
             buffer = spare_buffers.pop()
         except IndexError:
             buffer = Buffer(_BUFFER)
         buffer[0] = buffer.size = 0
         hand.append(buffer)
-        if self._looks != looks:
+        # From this test on, no call until the packet is taken: a signal handler may take as well, behind any call.
+        if (self.slow or self._taking) if looks is None else self._looks != looks:
             hand.clear()
-            return self.take(hand)
+            spare_buffers.append(buffer)
+            return self._take_slowly(hand)
         taking, self._taking = self._taking, True
         try:
             size = buffer.size = self._recv_into(buffer, 0, NOW)
@@ -664,8 +661,8 @@ class Link:
 
     # Waiting
 
-    def next(self, hand: Hand, timeout: float | None = None) -> Taken:
-        """Take the next packet, or the end, waiting for it. Raises ``TimeoutError``.
+    def next(self, hand: Hand, timeout: float | None = None, tried: bool = False) -> Taken:
+        """Take the next packet, or the end, waiting for it. Raises ``TimeoutError``. *tried*: nothing was there yet.
 
         A port that was quick last time is asked again for some 60 us before its thread sleeps; then the socket itself
         waits for some milliseconds, which wakes sooner than ``poll``; only then comes that, which a transfer can wake.
@@ -674,7 +671,7 @@ class Link:
         brief = timeout is not None and timeout < 2 * _BLOCK
         while True:
             with self.receiving:
-                taken = self.take(hand) if brief else self._take_soon(hand)
+                taken = self.take(hand) if brief else self._take_soon(hand, tried)
             if taken is not None:
                 return taken
             if not self.wait(deadline):
@@ -693,16 +690,16 @@ class Link:
         """
         return self._inbox is not None or self.lent is not None
 
-    def _take_soon(self, hand: Hand) -> Taken | None:
+    def _take_soon(self, hand: Hand, tried: bool) -> Taken | None:
         if self.hot:
             until = time.perf_counter() + _SPIN
-            while True:
+            while time.perf_counter() < until:
+                if tried:
+                    os.sched_yield()
                 taken = self.take(hand)
                 if taken is not None:
                     return taken
-                if time.perf_counter() >= until:
-                    break
-                os.sched_yield()
+                tried = True
         if self.slow:
             return self.take(hand)
         sock = self._socket()

@@ -261,7 +261,7 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
                     with link.receiving:
                         taken = link.take(hand)
             if taken is None:
-                taken = link.next(hand, timeout)
+                taken = link.next(hand, timeout, link.hot)
             pooled = type(taken) is Buffer
             if pooled and not self._parked:
                 message: RecvT = loads(taken)  # type: ignore[arg-type]
