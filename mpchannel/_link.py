@@ -419,7 +419,7 @@ class Link:
             waiting += outbox.memory.held
         return waiting + self._bodies
 
-    # Taking. The caller holds ``receiving``, and gives a hand: an empty list.
+    # Taking. The caller holds ``receiving`` (or is in the only thread there is), and gives a hand: an empty list.
 
     def take(self, hand: Hand, looks: int | None = None) -> Taken | None:
         """The next packet or the end; ``None`` if nothing is there.

@@ -510,9 +510,9 @@ def test_using_a_detached_port_raises_port_detached_error(use: Callable[[Port], 
 @pytest.mark.row("W28")
 def test_the_error_of_a_detached_port_says_when_and_where_it_went(ends: Ends) -> None:
     _kept, given = MessageChannel()
-    before = time.strftime("%H:%M:%S")
+    before = time.strftime("%H:%M:%S", time.localtime(time.time()))  # localtime() alone reads a coarser clock
     ends[0].post_message(None, transfer=[given])
-    after = time.strftime("%H:%M:%S")
+    after = time.strftime("%H:%M:%S", time.localtime(time.time()))
     with pytest.raises(PortDetachedError) as caught:
         given.post_message("x")
     text = str(caught.value)
