@@ -135,11 +135,9 @@ class Endpoint(EventTarget, Transferable):
         taken = hand[0] if hand else None
         told = isinstance(error, MessageError)
         bad = None
-        if taken is not None and not told and not isinstance(error, OSError):
-            if isinstance(taken, Parcel) and taken.descriptors.spent:
-                told = True  # its ports were made, and closed, in vain
-            elif not (type(taken) is Buffer and taken[0] == 0):
-                bad = message_error(error, taken)
+        nothing_came = type(taken) is Buffer and taken[0] == 0
+        if taken is not None and not nothing_came and not told and not isinstance(error, OSError):
+            bad = message_error(error, taken)
         if told or bad is not None:
             hand.clear()  # the user is told; nobody gets it again
         with link.receiving:

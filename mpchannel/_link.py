@@ -231,7 +231,7 @@ class Link:
         self._looks = 0  # how often the next packet was looked at: a signal handler may do so while somebody else does
         self._taking = False  # a packet is being taken as it comes, which a signal handler may be in the midst of
         self._inbox: Inbox | None = None
-        self._back: deque[bytearray | memoryview | Parcel] = deque()  # taken, and recovered
+        self._back: list[bytearray | memoryview | Parcel] = []  # taken, and recovered
         self._end: End | None = None
         self._outbox: Outbox | None = None
         self._owes = False  # a heads-up was sent whose packet is still to be sent
@@ -468,14 +468,19 @@ class Link:
         """Put back what is in ``dropped``: the hands of those whom an exception came upon."""
         with self.receiving:
             while self.dropped:
-                for taken in self.dropped[-1]:
+                hand, back = self.dropped[-1], []
+                for taken in hand:
                     if type(taken) is Buffer and taken[0] != PICKLE:
                         size = taken.size or len(taken)  # the exception came before its size was noted
                         if taken[0] == 0 or self._keep_house(taken, size):
                             continue  # nothing had come, or nothing with a message
                         taken = Parcel(memoryview(taken)[:size], Descriptors())
-                    self._back.appendleft(taken)
-                self.dropped = self.dropped[:-1]
+                    if isinstance(taken, Parcel) and taken.descriptors.spent:
+                        continue  # its ports were made, and closed, in vain
+                    back.append(taken)
+                # Without a call, so that it is put back once, whatever signal handlers do.
+                if self.dropped and self.dropped[-1] is hand:
+                    self._back, self.dropped = back + self._back, self.dropped[:-1]
 
     @property
     def recovered(self) -> bool:
@@ -875,7 +880,7 @@ class Link:
         link = Link(renew(self._socket()), self.channel, self.side, self.peer_pid, self._expected)
         link._owes = self._owes
         link._back, link.slow = self._back, True
-        self._back = deque()
+        self._back = []
         self.stay_behind(_closed_here)
         return link
 
@@ -899,7 +904,7 @@ class Link:
     def _drop_received(self) -> None:
         self._inbox = self._end = None
         self._expected = 0
-        self._back.clear()
+        self._back = []
         self.dropped = ()
         self.slow = False
 
