@@ -20,6 +20,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, NoReturn, Protocol, final
 
 from ._kernel import (
@@ -240,7 +241,8 @@ class Link:
         self.hot = False  # the last message came quickly
         self._timed = False
         self._sock = sock
-        _links[id(self)] = weakref.ref(self), sock
+        # Called back when this object is gone, whatever interrupted its __del__: nothing else holds the socket.
+        _links[id(self)] = weakref.ref(self, partial(_links.pop, id(self))), sock
 
     def __del__(self) -> None:
         if self._sock is not None and os.getpid() == _this_process:
