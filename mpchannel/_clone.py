@@ -320,7 +320,9 @@ def pack(message: Any, moving: Moving | None = None) -> bytes | Pickled:
         else:
             _dump(packer, message, moving)
     except Exception as error:
-        packer = _pack_with_care(message, moving, error)
+        if not _is_the_messages_own(error):
+            raise
+        packer = _pack_with_care(message, moving)
         return Pickled(packer.chunks, packer.buffers)
     packer.clear()
     if len(packer.chunks) == 1 and not packer.buffers:
@@ -339,10 +341,8 @@ def _dump(packer: _Packer, message: Any, moving: Moving) -> None:
         _here.packing = outer
 
 
-def _pack_with_care(message: Any, moving: Moving | None, first: Exception) -> _Packer:
+def _pack_with_care(message: Any, moving: Moving | None) -> _Packer:
     """After a plain pickler failed: with the transferables that were found, then by value, then the path to why."""
-    if not _is_the_messages_own(first):
-        raise first
     if moving is not None and not moving.explicit:
         packer = _plain_packer()
         try:
@@ -361,9 +361,12 @@ def _pack_with_care(message: Any, moving: Moving | None, first: Exception) -> _P
         if not _is_the_messages_own(error):
             raise
         path, cause = find_culprit(message, partial(_why_not, moving), Transferable)
-        if isinstance(cause, DataCloneError):
-            raise DataCloneError(f"{path}: {cause}") from None
-        raise DataCloneError(f"{path}: {cause or error}") from (cause or error)
+        try:
+            if isinstance(cause, DataCloneError):
+                raise DataCloneError(f"{path}: {cause}") from None
+            raise DataCloneError(f"{path}: {cause or error}") from (cause or error)
+        finally:
+            del cause  # see find_culprit
     return packer
 
 
@@ -417,7 +420,10 @@ def unpack(parcel: Parcel) -> tuple[Any, tuple[Any, ...]]:
         descriptors.close()
         if bad is None:
             raise
-        raise bad from error
+        try:
+            raise bad from error
+        finally:
+            del bad  # see Endpoint._fumbled
 
 
 def _open(body: memoryview, descriptors: Descriptors, arrived: list[Transferable]) -> tuple[Any, Iterator[Any]]:

@@ -17,21 +17,24 @@ def find_culprit(message: Any, why_not: Callable[[Any], Exception | None], whole
     """(path, error) of the innermost part of *message* that *why_not* gives an error for; none is looked for inside a
     *whole*.
     """
-    path, value, cause, budget = "message", message, why_not(message), _BUDGET
+    path, value, cause, why, budget = "message", message, why_not(message), None, _BUDGET
     seen = {id(value)}
-    while not isinstance(value, whole):
-        for name, part in _parts(value):
-            budget -= 1
-            if budget < 0:
-                return path, cause
-            why = None if id(part) in seen else why_not(part)
-            if why is not None:
-                path, value, cause = name.format(path), part, why
-                seen.add(id(part))
+    try:
+        while not isinstance(value, whole):
+            for name, part in _parts(value):
+                budget -= 1
+                if budget < 0:
+                    return path, cause
+                why = None if id(part) in seen else why_not(part)
+                if why is not None:
+                    path, value, cause = name.format(path), part, why
+                    seen.add(id(part))
+                    break
+            else:
                 break
-        else:
-            break
-    return path, cause
+        return path, cause
+    finally:
+        del cause, why  # their tracebacks lead to this frame: a cycle, which would keep the message
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:

@@ -148,7 +148,12 @@ class Endpoint(EventTarget, Transferable):
             with self.lock:
                 if self._watched is Watched.FOR_MESSAGES and self._home is not None:
                     self._home.call(self.turn)
-        raise error if bad is None else bad from error
+        try:
+            if bad is None:
+                raise error
+            raise bad from error
+        finally:
+            del error, bad  # a frame that holds what it raises is a cycle, which would keep the message's ports open
 
     # Turns: taking and dispatching, at the home
 

@@ -8,6 +8,7 @@ every system; the first channel asks ``require()``, which says what is missing.
 
 from __future__ import annotations
 
+import _socket
 import errno
 import multiprocessing.connection
 import multiprocessing.process
@@ -20,9 +21,13 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from itertools import chain, repeat, tee
+from operator import attrgetter, call, itemgetter
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
     import fcntl
@@ -53,6 +58,7 @@ SEND_NOW: Final = NOW | int(getattr(socket, "MSG_NOSIGNAL", 0))
 _CLOEXEC: Final = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 _CUT: Final = int(getattr(socket, "MSG_CTRUNC", 0))
 
+_INTEGERS: Final = struct.Struct("i")
 _RIGHTS_ROOM = 4 * 256 + 32  # room for the control data of one packet
 _SIOCOUTQ = 0x5411  # <linux/sockios.h>
 _MFD_NOEXEC_SEAL = 0x0008  # Linux 6.3; without it newer kernels complain in their log, or refuse (vm.memfd_noexec=2)
@@ -93,7 +99,14 @@ _lacking: Final = missing()
 
 
 def explain(error: OSError, doing: str) -> OSError:
-    """The same error with the limit that was hit, and the present count, in its text."""
+    """The same error with the limit that was hit, and the present count, in its text. Raises one that is none of the
+    system's (a signal handler's ``TimeoutError``) as it is.
+    """
+    if error.errno is None:
+        try:
+            raise error
+        finally:
+            del error  # a frame that holds what it raises is a cycle
     if error.errno == errno.EMFILE:
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         text = (
@@ -141,23 +154,41 @@ class Socket(socket.SocketType):
 
     __slots__ = ("__weakref__",)
 
-    def __del__(self) -> None:
-        with crossing:  # a fork must not come in the middle: the child's copy would have no owner
-            _sockets.pop(id(self), None)
-            self.close()
+    # A finaliser without a line of Python (see _Owner): what this gives is called, and it is the C method.
+    __del__ = property(attrgetter("close"))
 
 
-_sockets: dict[int, weakref.ref[Socket]] = {}  # all that are open, by id()
+class _Entry(NamedTuple):
+    sock: weakref.ref[Socket]
+    number: int
+    inode: int
+
+
+_sockets: dict[int, _Entry] = {}  # all that are open, by id()
 
 
 def close_inherited(kept: set[Socket]) -> None:
     """In a forked child: close what nobody here would. (It is held by frames of threads that are not here.)"""
-    for reference in list(_sockets.values()):
+    for reference, number, inode in list(_sockets.values()):
         sock = reference()
-        if sock is not None and sock not in kept:
+        if sock in kept:
+            continue
+        if sock is not None and sock.fileno() >= 0:
             sock.close()
+        elif _inode(number) == inode:
+            # Another thread of the parent was just closing it. (Had it done so, the number may be something else.)
+            os.close(number)
     for each in list(loose):
         each.close()
+
+
+def _inode(number: int) -> int:
+    try:
+        return os.fstat(number).st_ino
+    except OSError as error:
+        if error.errno != errno.EBADF:
+            raise
+        return 0
 
 
 def _kind() -> tuple[int, int, int]:
@@ -171,7 +202,8 @@ def _own(number: int) -> Socket:
 def _owned(sock: Socket) -> Socket:
     if sock.gettimeout() is not None:  # socket.setdefaulttimeout() was called; it would set O_NONBLOCK
         sock.settimeout(None)
-    _sockets[id(sock)] = weakref.ref(sock)
+    number = sock.fileno()
+    _sockets[id(sock)] = _Entry(weakref.ref(sock, partial(_sockets.pop, id(sock))), number, _inode(number))
     return sock
 
 
@@ -179,8 +211,10 @@ def socket_pair() -> tuple[Socket, Socket]:
     """A connected pair that keeps packets whole, close-on-exec."""
     try:
         with crossing:
-            one, two = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            return _own(one.detach()), _own(two.detach())
+            pair = _socket.socketpair(*_kind())
+            made: list[Socket] = []
+            made.extend(map(Socket, *map(repeat, _kind()), map(socket.SocketType.detach, pair)))  # in one call
+            return _owned(made[0]), _owned(made[1])
     except OSError as error:
         raise explain(error, "create a channel") from error
 
@@ -195,25 +229,46 @@ def renew(sock: Socket) -> Socket:
     """The same descriptor in a new owner; *sock* is left without. (Frames of threads that a fork left behind may hold
     references to it for ever.)
     """
+    _sockets.pop(id(sock), None)
     return _own(sock.detach())
 
 
-loose: weakref.WeakSet[Descriptors | Memory | Bell] = weakref.WeakSet()
+class _Owner:
+    """Owns descriptors, by number, and closes them at the latest when it is dropped.
+
+    An exception of a signal handler may come up in the first line of a ``__del__`` too, and then nothing of it is done.
+    So this one has no line of Python: it is a call into C, which no handler interrupts. What is done with the numbers
+    here takes one call as well, or none.
+    """
+
+    __slots__ = ("__del__", "__weakref__", "_numbers")
+
+    __del__: Callable[[], object]
+
+    def __init__(self) -> None:
+        self._numbers: list[int] = []
+        closes = map(partial, repeat(os.close), self._numbers)
+        self.__del__ = partial(deque, map(call, chain((crossing.acquire,), closes, (crossing.release,))), 0)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        deque(map(os.close, map(list.pop, repeat(self._numbers, len(self._numbers)))), 0)
+
+
+loose: weakref.WeakSet[_Owner] = weakref.WeakSet()
 """What holds descriptors beside the sockets."""
 
 
-class Descriptors:
+class Descriptors(_Owner):
     """Descriptors that came with a packet and that nobody has claimed yet; closes what is left.
 
     Those of an envelope are taken out when ``complete`` is called, which needs room for all of them.
     """
 
-    __slots__ = ("__weakref__", "_awaited", "_claimed", "_envelope", "_numbers", "_received", "spent")
+    __slots__ = ("_awaited", "_claimed", "_envelope", "spent")
 
     def __init__(self) -> None:
-        self._received: list[Any] = []  # what recvmsg gave and nobody has unpacked yet
-        self._numbers: list[int] = []
-        self._claimed: list[Socket] = []  # made of the first of the numbers, which is still among them
+        super().__init__()
+        self._claimed: list[Socket] = []  # made, and not yet given to who claimed them
         self._envelope: Socket | None = None
         self._awaited = 0
         self.spent = False  # somebody began to make things of them
@@ -221,18 +276,20 @@ class Descriptors:
     def __len__(self) -> int:
         return len(self._numbers)
 
+    def _pop(self, count: int = 1) -> Iterator[int]:
+        """Lazily: the next *count* of them leave for whoever iterates, who owns them then."""
+        return map(list.pop, repeat(self._numbers, count), repeat(0))
+
     def claim_socket(self) -> Socket:
         """The next one, as a socket. Raises ``OSError`` if it is none. (Under ``crossing`` until a link owns it.)"""
-        # Each step is one call, or none, so that a signal handler's exception finds one owner.
-        self._claimed.extend(map(Socket, *zip(_kind()), (self._numbers[0],)))
-        sock, self._claimed, self._numbers = self._claimed[0], [], self._numbers[1:]
-        return _owned(sock)
+        if not stat.S_ISSOCK(os.fstat(self._numbers[0]).st_mode):
+            raise OSError(errno.ENOTSOCK, "a descriptor that came with a message is no socket")
+        self._claimed.extend(map(Socket, *map(repeat, _kind()), self._pop()))
+        return _owned(self._claimed.pop())
 
     def claim_memory(self) -> Memory:
-        """The next one, as memory."""
-        memory = Memory(-1)
-        memory._number, self._numbers = self._numbers[0], self._numbers[1:]
-        return memory
+        """The next one, as memory. Raises ``IndexError`` if there is none."""
+        return Memory(self._pop())
 
     def take(self, count: int) -> Descriptors:
         """The next *count* of them, in an owner of their own."""
@@ -241,8 +298,7 @@ class Descriptors:
         self.spent = True
         some = Descriptors()
         loose.add(some)
-        # Without a call in between, so that no signal handler finds them owned twice, or lost.
-        some._numbers, self._numbers = self._numbers[:count], self._numbers[count:]
+        some._numbers.extend(self._pop(count))
         return some
 
     def expect_envelope(self, count: int) -> None:
@@ -257,8 +313,7 @@ class Descriptors:
             if not size or not some._numbers:
                 raise ValueError("an envelope holds fewer descriptors than announced")
             envelope.recv_into(mark, 1, NOW)
-            self._numbers += some._numbers
-            some._numbers = []
+            self._numbers.extend(some._pop(len(some)))
         self._envelope = None
 
     def sockets(self) -> Iterator[Socket]:
@@ -278,31 +333,20 @@ class Descriptors:
     def receive(self, sock: Socket, buffer: bytearray, flags: int) -> tuple[int, int]:
         """Receive a packet into *buffer*, and what comes with it here: (bytes, flags)."""
         loose.add(self)
-        self._received.extend(map(sock.recvmsg_into, ((buffer,),), (_RIGHTS_ROOM,), (flags,)))
-        size, _, got, _ = self._received[0]
-        self._unpack()
+        given, kept = tee(map(sock.recvmsg_into, ((buffer,),), (_RIGHTS_ROOM,), (flags,)))
+        self._numbers.extend(_rights(given))
+        size, _, got, _ = next(kept)
         return size, got
 
-    def _unpack(self) -> None:
-        numbers: list[int] = []
-        for _, control, _, _ in self._received:
-            for level, kind, data in control:
-                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                    numbers += struct.unpack(f"{len(data) // 4}i", data[: len(data) // 4 * 4])
-        self._numbers, self._received = numbers, []
-
     def close(self) -> None:
-        if self._received:
-            self._unpack()
-        claimed = len(self._claimed)
-        numbers, self._numbers, self._claimed = self._numbers[claimed:], [], []
-        for number in numbers:
-            os.close(number)
-        envelope, self._envelope = self._envelope, None
-        if envelope is not None:
-            envelope.close()
+        super().close()
+        self._envelope = None
 
-    __del__ = close
+
+def _rights(received: Iterator[tuple[int, list[tuple[int, int, bytes]], int, Any]]) -> Iterator[int]:
+    """Lazily: the descriptors in what recvmsg gave. (There is no other control data: nobody asked for any.)"""
+    controls = chain.from_iterable(map(itemgetter(1), received))
+    return chain.from_iterable(chain.from_iterable(map(_INTEGERS.iter_unpack, map(itemgetter(2), controls))))
 
 
 def send_with(sock: Socket, parts: Sequence[Any], numbers: Sequence[int], sent: list[int] | None = None) -> None:
@@ -400,22 +444,42 @@ def wait_readable(number: int | None, bell: Bell, seconds: float | None) -> None
     poller.poll(None if seconds is None else min(max(0.0, seconds), 86_400) * 1000)  # the kernel's limit is 24 days
 
 
-class Bell:
-    """Wakes one waiting thread from any other, or from a signal handler (an eventfd)."""
+class _File(_Owner):
+    """One descriptor."""
 
-    __slots__ = ("__weakref__", "_number")
+    __slots__ = ("_number",)
 
-    def __init__(self) -> None:
+    def __init__(self, making: Iterator[int]) -> None:
+        """*making* makes, or gives, the descriptor when it is iterated."""
+        super().__init__()
+        loose.add(self)
         self._number = -1
-        try:
-            with crossing:
-                self._number = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-                loose.add(self)
-        except OSError as error:
-            raise explain(error, "wait for messages") from error
+        self._numbers.extend(making)
+        self._number = self._numbers[0]
 
     def fileno(self) -> int:
         return self._number
+
+    @property
+    def open(self) -> bool:
+        return self._number >= 0
+
+    def close(self) -> None:
+        self._number = -1
+        super().close()
+
+
+class Bell(_File):
+    """Wakes one waiting thread from any other, or from a signal handler (an eventfd)."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        try:
+            with crossing:
+                super().__init__(map(os.eventfd, (0,), (os.EFD_CLOEXEC | os.EFD_NONBLOCK,)))
+        except OSError as error:
+            raise explain(error, "wait for messages") from error
 
     def ring(self) -> None:
         os.eventfd_write(self._number, 1)
@@ -427,25 +491,14 @@ class Bell:
         except BlockingIOError:
             pass  # nobody rang
 
-    def close(self) -> None:
-        number, self._number = self._number, -1
-        if number >= 0:
-            os.close(number)
-
-    __del__ = close
-
 
 # Memory
 
 
-class Memory:
+class Memory(_File):
     """A piece of anonymous memory with a descriptor (memfd): no name, not in /dev/shm, gone with its last holder."""
 
-    __slots__ = ("__weakref__", "_number")
-
-    def __init__(self, number: int) -> None:
-        self._number = number
-        loose.add(self)
+    __slots__ = ()
 
     @classmethod
     def create(cls, *, append: bool = False) -> Memory:
@@ -457,27 +510,17 @@ class Memory:
         with crossing:
             try:
                 try:
-                    memory = cls(os.memfd_create("mpchannel", _memory_flags))
+                    memory = cls(map(os.memfd_create, ("mpchannel",), (_memory_flags,)))
                 except OSError as error:
                     if error.errno != errno.EINVAL or not _memory_flags & _MFD_NOEXEC_SEAL:
                         raise
                     _memory_flags &= ~_MFD_NOEXEC_SEAL
-                    memory = cls(os.memfd_create("mpchannel", _memory_flags))
+                    memory = cls(map(os.memfd_create, ("mpchannel",), (_memory_flags,)))
                 if append:
                     fcntl.fcntl(memory, fcntl.F_SETFL, os.O_RDWR | os.O_APPEND)
                 return memory
             except OSError as error:
                 raise explain(error, "allocate memory for a message") from error
-
-    def fileno(self) -> int:
-        return self._number
-
-    def close(self) -> None:
-        number, self._number = self._number, -1
-        if number >= 0:
-            os.close(number)
-
-    __del__ = close
 
     @property
     def size(self) -> int:
@@ -504,9 +547,7 @@ class Memory:
         Raises ``OSError``: ``EPERM`` if it was sealed against growing, ``ENOSPC`` if there was no memory for all.
         """
         if len(parts) == 1 and written is None:
-            # (In append mode the kernel ignores the position, and pwrite leaves the file offset alone.)
-            if os.pwrite(self._number, parts[0], 0) != size:
-                raise OSError(errno.ENOSPC, "no memory for a whole message")
+            self.append_whole(parts[0], size)
             return
         *portions, last = _in_portions(parts)
         for pieces in portions:
@@ -516,6 +557,12 @@ class Memory:
         completed.extend(map(os.pwritev, (self._number,), (last,), (0,)))
         if completed[-1] != sum(piece.nbytes for piece in last):
             completed.clear()
+            raise OSError(errno.ENOSPC, "no memory for a whole message")
+
+    def append_whole(self, data: bytes, size: int) -> None:
+        """``append`` for *size* bytes in one piece, in one call."""
+        # (In append mode the kernel ignores the position, and pwrite leaves the file offset alone.)
+        if os.pwrite(self._number, data, 0) != size:
             raise OSError(errno.ENOSPC, "no memory for a whole message")
 
     def read(self, size: int, at: int) -> bytearray:
@@ -554,10 +601,6 @@ class Memory:
     @offset.setter
     def offset(self, position: int) -> None:
         os.lseek(self._number, position, os.SEEK_SET)
-
-    @property
-    def open(self) -> bool:
-        return self._number >= 0
 
     def seal(self, seals: int) -> None:
         fcntl.fcntl(self._number, fcntl.F_ADD_SEALS, seals)

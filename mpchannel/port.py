@@ -167,7 +167,10 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
                     except BaseException as error:
                         interruption = error
             if interruption is not None:
-                raise interruption
+                try:
+                    raise interruption
+                finally:
+                    del interruption  # see _fumbled
         return accepted
 
     def _check_room(self, size: int) -> None:
@@ -262,8 +265,9 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
                         taken = link.take(hand)
             if taken is None:
                 taken = link.next(hand, timeout, link.hot)
-            pooled = type(taken) is Buffer
-            if pooled and not self._parked:
+            kind = type(taken)
+            pooled = kind is Buffer
+            if (pooled or kind is memoryview) and not self._parked:
                 message: RecvT = loads(taken)  # type: ignore[arg-type]
             else:
                 message = self._open(taken)[0]

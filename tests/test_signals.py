@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
 import threading
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -140,16 +143,16 @@ def test_a_process_interrupted_in_receive_catches_it_and_goes_on(context: Any) -
 @pytest.mark.parametrize("way", ["recv", "receive"])
 def test_a_storm_of_interrupts_on_a_receive_loop_loses_and_doubles_nothing(way: str) -> None:
     with child(children.receive_in_a_storm, way) as (near, results):
-        for number in range(20_000):
+        for number in range(40_000):
             near.post_message(number)
         near.close()
         got, errors, reason, interrupted = results.recv(30)
     assert errors == []
     if way == "receive":
         got = [number for number, _ in got]
-    missing, doubled = set(range(20_000)) - set(got), len(got) - len(set(got))
+    missing, doubled = set(range(40_000)) - set(got), len(got) - len(set(got))
     assert (len(missing), doubled) == (0, 0), f"lost {sorted(missing)[:10]}"
-    assert got == list(range(20_000))
+    assert got == list(range(40_000))
     assert reason == "closed"
     assert interrupted > 5
 
@@ -209,7 +212,7 @@ def test_a_storm_of_interrupts_on_messages_with_ports_loses_no_port_silently() -
 def test_a_storm_of_interrupts_on_a_posting_loop_doubles_and_corrupts_nothing(
     sizes: tuple[int, ...], read: str
 ) -> None:
-    count = 20_000 if sizes == (1,) else 2000
+    count = 40_000 if sizes == (1,) else 2000
     with child(children.post_in_a_storm, count, sizes) as (near, results):
         if read == "afterwards":
             uncertain, errors, interrupted = results.recv(30)
@@ -381,7 +384,7 @@ def test_a_handler_may_receive_from_the_port_that_waits(ends: tuple[Any, Any], a
 
 
 def test_a_handler_that_posts_on_the_port_it_interrupts_in_posting_disturbs_no_message() -> None:
-    with child(children.post_from_a_handler_too, 20_000) as (near, results):
+    with child(children.post_from_a_handler_too, 40_000) as (near, results):
         by_handler = results.recv(30)
         got: dict[str, list[int]] = {"main": [], "handler": []}
         while True:
@@ -391,14 +394,14 @@ def test_a_handler_that_posts_on_the_port_it_interrupts_in_posting_disturbs_no_m
                 break
             assert len(body) == number % (3000 if who == "main" else 5000)
             got[who].append(number)
-    assert got["main"] == list(range(20_000))
+    assert got["main"] == list(range(40_000))
     assert got["handler"] == list(range(by_handler))
     assert by_handler > 5
 
 
 @pytest.mark.parametrize("large", [False, True], ids=("small", "ports and large bodies"))
 def test_a_handler_that_receives_from_the_port_it_interrupts_in_receiving_takes_each_message_once(large: bool) -> None:
-    count = 1000 if large else 20_000
+    count = 1000 if large else 40_000
     with child(children.receive_in_a_handler_too) as (near, results):
         for number in range(count):
             if large and number % 3 == 0:
@@ -424,3 +427,95 @@ def test_a_handler_that_closes_the_port_it_interrupts_ends_what_it_interrupted_i
         endings = results.recv(30)
     assert endings == ({"refused": 300} if what == "post" else {"closed, None": 300})
     results.close()
+
+
+# What an exception holds
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def uncollected_frames() -> list[str]:
+    """Names of functions whose frames only the garbage collector can free."""
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        gc.collect()
+        return [each.f_code.co_name for each in gc.garbage if isinstance(each, FrameType)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+
+
+@INTERRUPTS
+def test_a_handlers_exception_comes_out_of_a_receive_without_a_cause_and_without_a_cycle(
+    ends: tuple[Any, Any], alarm: Any, come: Any, error: type[BaseException]
+) -> None:
+    near, far = ends
+    alarm(come)
+    cause: Any = "it was not raised"
+    with no_collections():
+        try:
+            far.recv()
+        except error as raised:
+            cause = raised.__cause__
+        assert cause is None
+        assert uncollected_frames() == []
+    near.post_message(1)
+    assert far.recv(5) == 1
+
+
+@pytest.mark.parametrize("take", ["receive", "recv"])
+def test_a_message_that_cannot_be_loaded_leaves_its_ports_to_nobody(ends: tuple[Any, Any], take: str) -> None:
+    near, far = ends
+    kept, moving = mpchannel.MessageChannel()
+    near.post_message([children.FailsToLoad(), moving], [moving])
+    with no_collections():
+        with pytest.raises(mpchannel.MessageError):
+            getattr(far, take)(5)
+        closed = kept.wait_closed(5)
+    assert closed is not None
+    assert closed.reason == "undeliverable"
+
+
+def test_a_message_that_cannot_be_posted_is_not_held_by_anybody(ends: tuple[Any, Any]) -> None:
+    near, _ = ends
+
+    class Thing:
+        pass
+
+    thing = Thing()
+    gone = weakref.ref(thing)
+    message = [thing, threading.Lock()]
+    del thing
+    with no_collections():
+        with pytest.raises(mpchannel.DataCloneError):
+            near.post_message(message)
+        del message
+        assert gone() is None
+
+
+@pytest.mark.parametrize("size", [1, 200_000])
+def test_a_timeout_error_of_a_handler_comes_out_of_a_post_as_it_is(
+    ends: tuple[Any, Any], alarm: Any, size: int
+) -> None:
+    near, far = ends
+    message = bytes(size)
+
+    def post_for_ever() -> None:
+        while True:
+            near.post_message(message)
+            while near.buffered_amount > 10_000_000:
+                far.recv()
+
+    alarm(raise_timeout)
+    with pytest.raises(TimeoutError, match="the alarm's") as raised:
+        post_for_ever()
+    assert type(raised.value) is TimeoutError
+    assert raised.value.__cause__ is None

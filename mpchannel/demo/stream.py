@@ -1,7 +1,7 @@
 """``demo stream``: many replies at the same time, one of the two workers is killed, and nothing is lost.
 
 Each search of a part of the files is a stream of its own, on a port of its own. When a worker is killed, the streams it
-had not finished get a close event with reason "died" ("undeliverable", if they were to be asked for only then). They are
+had not finished get a close event with reason "died" ("undeliverable", if it was not asked for them before). They are
 asked for again, of a fresh worker.
 """
 
