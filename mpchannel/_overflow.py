@@ -5,7 +5,8 @@ affair; the file offset is the reader's position alone, and travels with the des
 a side lane (a socket pair), with a ticket that stands before the packet too.
 
     writer   appends, until a write fails with EPERM: all before it was read, so back to the socket
-    reader   reads to the end, seals the file against growing, looks once more, and leaves it
+    reader   reads to the end, lingers there while small records keep coming (a flood is quicker through the file than
+             through the socket), seals the file against growing, looks once more, and leaves it
 
 The kernel takes the same lock for a write and for the seal, so no record can slip in between. A record that could not
 be written whole ends the file: the writer seals it, and a reader drops what is torn at the end of a sealed file. House
