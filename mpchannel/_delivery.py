@@ -312,7 +312,7 @@ class _LoopHome:
         number = sock.fileno()
         self._entries.pop(number, None)
         self._update(sock)
-        for waiter in self._waiters.pop(number, ()):
+        for waiter in tuple(self._waiters.pop(number, ())):  # the loop takes them off meanwhile
             self._soon(partial(_wake, waiter))
 
     def call(self, fn: Callable[[], None]) -> None:
