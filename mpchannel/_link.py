@@ -270,7 +270,7 @@ class Link:
         outbox = self._outbox
         if outbox is not None:
             try:
-                if not other_threads():
+                if not other_threads():  # nobody to lock out, as in MessagePort.recv
                     appended = outbox.append_small(data)
                 else:
                     with self.sending:
@@ -630,8 +630,8 @@ class Link:
 
     def _leave_if_exhausted(self, inbox: Inbox, taken: int = 0) -> None:
         """*taken*: the size of the packet just taken from it, if there was one."""
-        # At once when the last packet is taken, so that "readable" means that a message is there. Almost: while small
-        # messages keep coming, both sides are quicker with the file than with the socket.
+        # At once when the last packet is taken, so that "readable" means that a message is there. But first
+        # linger: while small messages keep coming, both sides are quicker with the file than with the socket.
         sock = self._sock
         if sock is None:
             return

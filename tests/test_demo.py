@@ -156,10 +156,7 @@ def test_stream_finds_the_same_as_a_plain_search_although_a_worker_is_killed(
     assert int(table["interrupted"][0]) >= 1
     assert table["interrupted"] == table["taken over and completed"]
     *_, closes, code = table["worker 1"]
-    reasons = {reason: int(number) for number, reason in (each.split() for each in closes.split(", "))}
-    assert reasons["died"] >= 1
-    # A request that was still to be posted when the worker was killed comes back with its port.
-    assert reasons["died"] + reasons.get("undeliverable", 0) == int(table["interrupted"][0])
+    assert f"{table['interrupted'][0]} died" in closes
     assert code == "-9"
     for name in ("worker 2", "worker 3"):
         assert table[name][-1] == "0"

@@ -1,8 +1,7 @@
 """``demo stream``: many replies at the same time, one of the two workers is killed, and nothing is lost.
 
 Each search of a part of the files is a stream of its own, on a port of its own. When a worker is killed, the streams it
-had not finished get a close event with reason "died" ("undeliverable", if it was not asked for them before). They are
-asked for again, of a fresh worker.
+had not finished get a close event with reason "died". They are asked for again, of a fresh worker.
 """
 
 from __future__ import annotations
@@ -110,6 +109,7 @@ class Main:
             stream.matches = 0
             reply, theirs = mpchannel.MessageChannel()
             worker.requests.post_message(Request(self.pattern, stream.files, theirs), transfer=[theirs])
+            await asyncio.sleep(0)  # all streams are asked for before a reply is read, and so before a worker is killed
             async for message in reply:
                 if isinstance(message, Found):
                     self.count(stream, worker)
