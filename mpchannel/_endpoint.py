@@ -28,7 +28,7 @@ from typing import Any, Final, NoReturn, Self
 
 from ._clone import Departure, Entry, Transferable, loads, message_error, unpack
 from ._delivery import TURNS, Home, home, loop_home
-from ._kernel import Descriptors, Socket, crossing, exit_code
+from ._kernel import Descriptors, Socket, exit_code
 from ._link import Buffer, Hand, Link, Loan, Taken, rest_if_ending, spare_buffers
 from ._wire import End, Parcel
 from .errors import ChannelError, DataCloneError, MessageError, PortClosedError
@@ -516,8 +516,7 @@ class Endpoint(EventTarget, Transferable):
 
     @classmethod
     def _arrive(cls, luggage: memoryview | bytes, descriptors: Descriptors) -> Self:
-        with crossing:
-            return cls._of(Link.unpack(descriptors.claim_socket(), luggage))
+        return cls._of(Link.unpack(descriptors.claim_socket(), luggage))
 
     def _undelivered(self) -> None:
         self._left(Departure("lost with a message that could not be loaded"), None, lost=True)

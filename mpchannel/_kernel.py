@@ -160,35 +160,44 @@ class Socket(socket.SocketType):
 
 class _Entry(NamedTuple):
     sock: weakref.ref[Socket]
-    number: int
-    inode: int
+    identity: tuple[int, int]
 
 
-_sockets: dict[int, _Entry] = {}  # all that are open, by id()
+# By descriptor number, from when it is made until the number is another's; so whoever closes one, be it a garbage
+# collection that is under way in another thread, has nothing to tell, and at no moment of a fork is it forgotten.
+_sockets: dict[int, _Entry] = {}
 
 
 def close_inherited(kept: set[Socket]) -> None:
     """In a forked child: close what nobody here would. (It is held by frames of threads that are not here.)"""
-    for reference, number, inode in list(_sockets.values()):
-        sock = reference()
-        if sock in kept:
+    for owner, unowned in list(loose.values()):
+        each = owner()
+        if each is not None:
+            each.close()
+        else:
+            deque(map(os.close, unowned), 0)
+    loose.clear()
+    numbers = {sock.fileno() for sock in kept}
+    for number, (reference, identity) in list(_sockets.items()):
+        if number in numbers:
             continue
-        if sock is not None and sock.fileno() >= 0:
+        del _sockets[number]
+        sock = reference()
+        if sock is not None and sock.fileno() == number:
             sock.close()
-        elif _inode(number) == inode:
-            # Another thread of the parent was just closing it. (Had it done so, the number may be something else.)
-            os.close(number)
-    for each in list(loose):
-        each.close()
+        elif _identity(number) == identity:
+            os.close(number)  # another thread of the parent was just collecting or closing it
 
 
-def _inode(number: int) -> int:
+def _identity(number: int) -> tuple[int, int]:
+    """Of the file that a descriptor stands for."""
     try:
-        return os.fstat(number).st_ino
+        status = os.fstat(number)
     except OSError as error:
         if error.errno != errno.EBADF:
             raise
-        return 0
+        return -1, -1
+    return status.st_dev, status.st_ino
 
 
 def _kind() -> tuple[int, int, int]:
@@ -203,7 +212,7 @@ def _owned(sock: Socket) -> Socket:
     if sock.gettimeout() is not None:  # socket.setdefaulttimeout() was called; it would set O_NONBLOCK
         sock.settimeout(None)
     number = sock.fileno()
-    _sockets[id(sock)] = _Entry(weakref.ref(sock, partial(_sockets.pop, id(sock))), number, _inode(number))
+    _sockets[number] = _Entry(weakref.ref(sock), _identity(number))
     return sock
 
 
@@ -229,7 +238,6 @@ def renew(sock: Socket) -> Socket:
     """The same descriptor in a new owner; *sock* is left without. (Frames of threads that a fork left behind may hold
     references to it for ever.)
     """
-    _sockets.pop(id(sock), None)
     return _own(sock.detach())
 
 
@@ -247,15 +255,19 @@ class _Owner:
 
     def __init__(self) -> None:
         self._numbers: list[int] = []
-        closes = map(partial, repeat(os.close), self._numbers)
-        self.__del__ = partial(deque, map(call, chain((crossing.acquire,), closes, (crossing.release,))), 0)  # type: ignore[arg-type]
+        # (Ranges of one: what somebody else has closed is no error here, where nobody can be told.)
+        closes = map(partial, repeat(os.closerange), self._numbers, map((1).__add__, self._numbers))
+        forgets = partial(loose.pop, id(self), None)
+        self.__del__ = partial(deque, map(call, chain((crossing.acquire,), closes, (forgets, crossing.release))), 0)  # type: ignore[arg-type]
+        loose[id(self)] = weakref.ref(self), self._numbers
 
     def close(self) -> None:
-        deque(map(os.close, map(list.pop, repeat(self._numbers, len(self._numbers)))), 0)
+        with crossing:
+            deque(map(os.close, map(list.pop, repeat(self._numbers, len(self._numbers)))), 0)
 
 
-loose: weakref.WeakSet[_Owner] = weakref.WeakSet()
-"""What holds descriptors beside the sockets."""
+loose: dict[int, tuple[weakref.ref[_Owner], list[int]]] = {}
+"""What holds descriptors beside the sockets, by ``id()``, and its descriptors."""
 
 
 class Descriptors(_Owner):
@@ -281,11 +293,12 @@ class Descriptors(_Owner):
         return map(list.pop, repeat(self._numbers, count), repeat(0))
 
     def claim_socket(self) -> Socket:
-        """The next one, as a socket. Raises ``OSError`` if it is none. (Under ``crossing`` until a link owns it.)"""
+        """The next one, as a socket. Raises ``OSError`` if it is none."""
         if not stat.S_ISSOCK(os.fstat(self._numbers[0]).st_mode):
             raise OSError(errno.ENOTSOCK, "a descriptor that came with a message is no socket")
-        self._claimed.extend(map(Socket, *map(repeat, _kind()), self._pop()))
-        return _owned(self._claimed.pop())
+        with crossing:
+            self._claimed.extend(map(Socket, *map(repeat, _kind()), self._pop()))
+            return _owned(self._claimed.pop())
 
     def claim_memory(self) -> Memory:
         """The next one, as memory. Raises ``IndexError`` if there is none."""
@@ -297,7 +310,6 @@ class Descriptors(_Owner):
             raise ValueError(f"{count} descriptors were announced and {len(self._numbers)} came")
         self.spent = True
         some = Descriptors()
-        loose.add(some)
         some._numbers.extend(self._pop(count))
         return some
 
@@ -332,7 +344,6 @@ class Descriptors(_Owner):
 
     def receive(self, sock: Socket, buffer: bytearray, flags: int) -> tuple[int, int]:
         """Receive a packet into *buffer*, and what comes with it here: (bytes, flags)."""
-        loose.add(self)
         given, kept = tee(map(sock.recvmsg_into, ((buffer,),), (_RIGHTS_ROOM,), (flags,)))
         self._numbers.extend(_rights(given))
         size, _, got, _ = next(kept)
@@ -452,7 +463,6 @@ class _File(_Owner):
     def __init__(self, making: Iterator[int]) -> None:
         """*making* makes, or gives, the descriptor when it is iterated."""
         super().__init__()
-        loose.add(self)
         self._number = -1
         self._numbers.extend(making)
         self._number = self._numbers[0]

@@ -626,15 +626,20 @@ def in_raw_child(fn: Callable[[], Any]) -> Any:
     return answer
 
 
-def open_sockets() -> int:
-    """How many sockets this process holds."""
-    count = 0
+def open_descriptors() -> list[str]:
+    """What the descriptors of this process stand for without inode numbers, sorted."""
+    found = []
     for name in os.listdir("/proc/self/fd"):
         try:
-            count += os.readlink(f"/proc/self/fd/{name}").startswith("socket:")
+            found.append(os.readlink(f"/proc/self/fd/{name}").split(":[")[0])
         except OSError:
             continue  # the one that lists
-    return count
+    return sorted(found)
+
+
+def open_sockets() -> int:
+    """How many sockets this process holds."""
+    return open_descriptors().count("socket")
 
 
 def use_only_what_was_given(given: Port, forgotten: list[Any]) -> None:

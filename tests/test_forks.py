@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import random
 import signal
@@ -14,6 +15,7 @@ from typing import Any, Self
 import pytest
 
 import mpchannel
+from mpchannel import _kernel
 
 from . import children
 
@@ -310,10 +312,40 @@ def test_100_raw_forks_of_a_busy_program_end_cleanly_and_no_close_is_missed() ->
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_a_raw_fork_at_any_moment_of_a_busy_program_inherits_no_end_of_a_channel() -> None:
-    without = in_raw_child(children.open_sockets)
+    without = in_raw_child(children.open_descriptors)
     with Busy():
-        for _ in range(60):
-            assert in_raw_child(children.open_sockets) == without, "sockets that nobody closed in the child"
+        for _ in range(300):
+            assert in_raw_child(children.open_descriptors) == without, "descriptors that nobody closed in the child"
+
+
+class ForksWhenCollected:
+    """In a cycle with what is given; its finaliser says what a child holds that is forked in the midst of all this."""
+
+    def __init__(self, said: list[Any], *others: object) -> None:
+        self.said = said
+        self.cycle = [self, *others]
+
+    def __del__(self) -> None:
+        self.said.append(in_raw_child(children.open_descriptors))
+
+
+@pytest.mark.parametrize("make", [_kernel.socket_pair, _kernel.Bell, _kernel.Memory.create, mpchannel.MessageChannel])
+def test_a_fork_in_the_midst_of_a_garbage_collection_inherits_nothing_of_what_is_collected(make: Any) -> None:
+    said: list[Any] = []
+    without = in_raw_child(children.open_descriptors)
+    ForksWhenCollected(said, make())  # the collector clears weak references to all of it before it finalises any of it
+    gc.collect()
+    assert said == [without]
+
+
+def test_descriptors_that_somebody_closed_behind_our_back_stop_nothing() -> None:
+    bell = _kernel.Bell()
+    os.close(bell.fileno())
+    del bell
+    other = threading.Thread(target=mpchannel.MessageChannel, daemon=True)
+    other.start()  # it would wait for ever, if this one still held what forks wait for
+    other.join(20)
+    assert not other.is_alive()
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
