@@ -1,25 +1,36 @@
-"""Channels between processes: connected pairs of ports, as the Web and Electron have them.
+"""Channels between processes: connected pairs of ports, as the Web and Electron have them; and all of multiprocessing.
 
 errors, events          what goes wrong; event classes and the listener table
 _kernel                 the operating system
-_overflow, _link        how packets travel
+_overflow, _end, _link  how packets travel; _shared: on ends that several processes hold
 _clone                  messages <-> packets
 _delivery               who runs listeners
 port, channel           MessagePort, MessageChannel
-reduction, process,     how ports get into other processes
+connection              Pipe, Connection
+reduction, process,     how ports get into other processes; the standard library's processes and contexts
 context
+_forward                the rest of multiprocessing
 """
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
+from . import _forward
 from .channel import MessageChannel, receive_message_on_port, wait
-from .context import get_context
+from .context import default_context, get_context
 from .errors import BufferFull, ChannelError, DataCloneError, MessageError, PortClosedError, PortDetachedError
 from .events import CloseEvent, MessageErrorEvent, MessageEvent
 from .port import MessagePort
-from .process import Process
 
 __version__ = "0.1.0"
+
+# Everything that `multiprocessing` has, of a context that is ours.
+_forwarded = [name for name in dir(default_context) if not name.startswith("_") and name != "current"]
+globals().update((name, getattr(default_context, name)) for name in _forwarded)
+Process = default_context.Process
+SUBDEBUG, SUBWARNING = 5, 25
 
 __all__ = [
     "BufferFull",
@@ -33,8 +44,15 @@ __all__ = [
     "MessagePort",
     "PortClosedError",
     "PortDetachedError",
-    "Process",
     "get_context",
     "receive_message_on_port",
     "wait",
 ]
+__all__ += [name for name in _forwarded if name not in __all__]
+
+
+def __getattr__(name: str) -> Any:
+    return _forward.submodule(__name__, name)
+
+
+sys.meta_path.insert(0, _forward.Finder(__name__))

@@ -13,6 +13,7 @@ classes of a ``__main__`` that has no file: notebook, prompt). This room knows t
 from __future__ import annotations
 
 import copyreg
+import io
 import pickle
 import signal
 import struct
@@ -21,14 +22,15 @@ import threading
 import time
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from types import FunctionType
 from typing import Any, ClassVar, Final, NamedTuple, Self
 
 from ._culprit import find_culprit
+from ._end import Buffer, SocketEnd
 from ._kernel import Descriptors
-from ._link import Buffer
 from ._wire import PICKLE, Parcel
 from .errors import DataCloneError, MessageError, PortDetachedError
 
@@ -196,6 +198,16 @@ _forking_reducers: dict[Any, Any] = ForkingPickler._extra_reducers  # type: igno
 _reducers = _Reducers({memoryview: _reduce_view})
 
 
+class _DoorReducers(dict[Any, Any]):
+    """Reducers for multiprocessing's own doors: transferables leave by those registered with its pickler."""
+
+    def __missing__(self, kind: type) -> Any:
+        return _forking_reducers.get(kind) or copyreg.dispatch_table[kind]
+
+
+_door_reducers = _DoorReducers({memoryview: _reduce_view})
+
+
 class _ByValueNeeded(Exception):
     """A function or class that the receiver could not find by its name."""
 
@@ -213,11 +225,12 @@ class _WaryPickler(_PlainPickler):
         return NotImplemented
 
 
+STDIN: Final = "<stdin>"  # the ``__file__`` of a script that is piped into Python
 _MAIN: Final = ("__main__", "__mp_main__")
 
 
 def _main_has_file() -> bool:
-    return hasattr(sys.modules.get("__main__"), "__file__")
+    return getattr(sys.modules.get("__main__"), "__file__", STDIN) != STDIN
 
 
 class _Sink:
@@ -263,14 +276,14 @@ def _plain_packer() -> _Packer:
 
 
 _by_value_packer: Callable[[], _Packer] | None = None
+_door_pickler: Callable[[Any], Any] | None = None
 
 
 def prepare() -> None:
     """Import what packing may need. At the first channel: an import while packing could hang a forked child."""
-    global _by_value_packer
+    global _by_value_packer, _door_pickler
     if _by_value_packer is not None:
         return
-    import io
     import logging
 
     import cloudpickle  # type: ignore[import-untyped]
@@ -283,9 +296,11 @@ def prepare() -> None:
     }
 
     class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
+        reducers: ClassVar[dict[Any, Any]] = _reducers
+
         def __init__(self, *args: Any, **options: Any) -> None:
             # Before super().__init__(), which is when the pickler looks for it.
-            self.dispatch_table = ChainMap(_reducers, table)
+            self.dispatch_table = ChainMap(self.reducers, table)
             super().__init__(*args, **options)
 
         def reducer_override(self, obj: Any) -> Any:
@@ -293,6 +308,10 @@ def prepare() -> None:
                 return NotImplemented  # by reference: its class must be the receiver's own
             return super().reducer_override(obj)
 
+    class DoorPickler(ByValuePickler):
+        reducers = _door_reducers
+
+    _door_pickler = DoorPickler
     _by_value_packer = partial(_Packer, ByValuePickler)
 
 
@@ -389,11 +408,70 @@ def assemble(pickled: bytes | Pickled, entries: Sequence[Entry] = ()) -> tuple[S
     return parts, size
 
 
+def post_moving(
+    end: SocketEnd,
+    pickled: bytes | Pickled,
+    objects: Sequence[Transferable],
+    departure: Departure,
+    *,
+    doomed: bool = False,
+    check: Callable[[int], object] | None = None,
+) -> bool:
+    """Post a message with transferables: all or nothing. Whether it was accepted.
+
+    *doomed*: it cannot arrive, so it is not sent, and what moves is lost. *check*: may still refuse so many bytes.
+    """
+    sent: list[int] = []
+    locks = [lock for each in objects for lock in each._locks()]
+    locks.append((id(end), 1, end.sending))
+    locks.sort(key=lambda lock: lock[:2])
+    with ExitStack() as held:
+        for _, _, lock in locks:
+            held.enter_context(lock)
+        for place, each in enumerate(objects):
+            each._check_movable(f"transfer[{place}]")  # another thread may have closed or moved it since
+        entries = [each._pack_up() for each in objects]
+        parts, size = assemble(pickled, entries)
+        if check is not None:
+            check(size)
+        numbers = [number for entry in entries for number in entry.numbers]
+        accepted = lost = False
+        pending, interruption = list(objects), None
+        try:
+            accepted = not doomed and end.post_parts(parts, size, numbers, sent)
+            lost = not accepted
+        finally:
+            # Exceptions of signal handlers may come right behind the call that sends, and behind any of these.
+            while (sent or lost) and pending:
+                try:
+                    pending[-1]._left(departure, end.peer_pid, lost=lost)
+                    pending.pop()
+                except BaseException as error:
+                    interruption = error
+        if interruption is not None:
+            try:
+                raise interruption
+            finally:
+                del interruption  # a frame that holds what it raises is a cycle
+    return accepted
+
+
 def pack_bytes(data: memoryview) -> tuple[Sequence[Any], int]:
     """A packet of bytes as they are: what looks like a pickle goes as one, as multiprocessing's connections have it."""
     if data.nbytes and data[0] == PICKLE:
         return (data,), data.nbytes
     return (_RAW_HEAD.pack(_RAW, data.nbytes), data), _RAW_HEAD.size + data.nbytes
+
+
+def dumps(thing: Any) -> bytes:
+    """A pickle for multiprocessing's own doors (processes, queues): by reference what the receiver can find, else by
+    value. ``loads`` loads it. Raises what pickling raises.
+    """
+    prepare()
+    assert _door_pickler is not None
+    file = io.BytesIO()
+    _door_pickler(file).dump(thing)
+    return file.getvalue()
 
 
 # Loading

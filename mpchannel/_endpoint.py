@@ -28,8 +28,9 @@ from typing import Any, Final, NoReturn, Self
 
 from ._clone import Departure, Entry, Transferable, loads, message_error, unpack
 from ._delivery import TURNS, Home, home, loop_home
+from ._end import Buffer, Hand, Taken, spare_buffers
 from ._kernel import Descriptors, Socket, exit_code
-from ._link import Buffer, Hand, Link, Loan, Taken, rest_if_ending, spare_buffers
+from ._link import Link, Loan, rest_if_ending
 from ._wire import End, Parcel
 from .errors import ChannelError, DataCloneError, MessageError, PortClosedError
 from .events import CloseEvent, EventTarget, MessageErrorEvent, MessageEvent, _Listener

@@ -14,6 +14,7 @@ import multiprocessing.connection
 import multiprocessing.process
 import os
 import select
+import signal
 import socket
 import stat
 import struct
@@ -234,6 +235,17 @@ def adopt_socket(number: int) -> Socket:
     return _own(number)
 
 
+def is_packet_socket(number: int) -> bool:
+    """Whether a descriptor is a socket of the kind that is made here."""
+    try:
+        sock = socket.socket(fileno=number)
+    except OSError:
+        return False
+    kind = sock.family, sock.type, sock.proto
+    sock.detach()
+    return kind == _kind()
+
+
 def renew(sock: Socket) -> Socket:
     """The same descriptor in a new owner; *sock* is left without. (Frames of threads that a fork left behind may hold
     references to it for ever.)
@@ -421,6 +433,36 @@ def set_receive_timeout(sock: Socket, seconds: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6)))
 
 
+def owner_of(sock: Socket) -> int:
+    """A process id that ``set_owner`` noted, in whatever process (0: none, or it has ended)."""
+    return fcntl.fcntl(sock, fcntl.F_GETOWN)
+
+
+def set_owner(sock: Socket, pid: int) -> None:
+    """Note a process id with the open socket, for all who hold copies of it. (It would get SIGIO, were that on.)"""
+    fcntl.fcntl(sock, fcntl.F_SETOWN, pid)
+
+
+_MARK: Final = int(signal.SIGURG)
+
+
+def mark(sock: Socket, on: bool) -> None:
+    """Note with the open socket, for all who hold copies of it, that it is on its way into a process being started.
+
+    (As the signal it would send, ``F_SETSIG``, were asynchronous notification on: one of few words that it has room
+    for.)
+    """
+    fcntl.fcntl(sock, fcntl.F_SETSIG, _MARK if on else 0)
+
+
+def marked_sockets() -> Iterator[Socket]:
+    """Those among this process's descriptors that are marked, and owned by nobody yet."""
+    for name in os.listdir("/proc/self/fd"):
+        number = int(name)
+        if is_packet_socket(number) and fcntl.fcntl(number, fcntl.F_GETSIG) == _MARK:
+            yield adopt_socket(number)
+
+
 def shut(sock: Socket) -> None:
     """End the connection for both sides, whoever else holds copies. What is queued can still be read."""
     try:
@@ -504,6 +546,10 @@ class Bell(_File):
 
 # Memory
 
+ONE_CALL_PIECES: Final = 512
+ONE_CALL_BYTES: Final = 1 << 30
+"""What is written by one call: the kernel takes 1,024 pieces (IOV_MAX), and less than 2 GiB."""
+
 
 class Memory(_File):
     """A piece of anonymous memory with a descriptor (memfd): no name, not in /dev/shm, gone with its last holder."""
@@ -535,6 +581,10 @@ class Memory(_File):
     @property
     def size(self) -> int:
         return os.fstat(self._number).st_size
+
+    @property
+    def inode(self) -> int:
+        return os.fstat(self._number).st_ino
 
     @property
     def held(self) -> int:
@@ -639,7 +689,7 @@ class Memory(_File):
 def _in_portions(parts: Sequence[Any]) -> list[list[memoryview]]:
     """*parts* as pieces for one call each: at most 1,024 of them (IOV_MAX), together less than 2 GiB."""
     portions: list[list[memoryview]] = [[]]
-    room, limit = 512, 1 << 30
+    room, limit = ONE_CALL_PIECES, ONE_CALL_BYTES
     total = 0
     for part in parts:
         view = memoryview(part).cast("B")

@@ -25,6 +25,8 @@ from typing import Any, Final, NamedTuple, final
 
 from ._kernel import (
     NOW,
+    ONE_CALL_BYTES,
+    ONE_CALL_PIECES,
     PAGE,
     PEEK,
     SEAL_GROW,
@@ -70,7 +72,8 @@ class Outbox:
         signal handler came in between the steps of another record.
 
         Raises ``OSError`` when there is no memory for it; then the file is at its end. *sent* is filled by the very
-        call that completes the record.
+        call that completes the record. An exception of a signal handler comes before or behind that call: a record
+        written by one call is never torn by it.
         """
         if self._busy:
             return False
@@ -91,7 +94,8 @@ class Outbox:
         except BaseException as error:
             if isinstance(error, OSError) and error.errno == errno.EPERM:
                 return False
-            self.seal()
+            if isinstance(error, OSError) or len(pieces) > ONE_CALL_PIECES or size + 64 > ONE_CALL_BYTES:
+                self.seal()
             raise
         finally:
             self._busy = False
@@ -105,8 +109,8 @@ class Outbox:
         self._appends = appends
         try:
             self.memory.append_whole(_HEADER.pack(size << 2) + data, 8 + size)
-        except BaseException as error:
-            if isinstance(error, OSError) and error.errno == errno.EPERM:
+        except OSError as error:
+            if error.errno == errno.EPERM:
                 return False
             self.seal()
             raise
@@ -158,7 +162,7 @@ class Record(NamedTuple):
 class Inbox:
     """The reader's side of one file."""
 
-    __slots__ = ("_data", "_given_back", "_lane", "_memory", "_start", "at", "left")
+    __slots__ = ("_data", "_given_back", "_inode", "_lane", "_memory", "_start", "at", "left")
 
     def __init__(self, descriptors: Descriptors) -> None:
         """*descriptors*: the file, and the lane if there is one. Raises ``OSError`` if they are no such things."""
@@ -166,6 +170,7 @@ class Inbox:
         self._lane = descriptors.claim_socket() if len(descriptors) else None
         if not self._memory.sealed(SEAL_SHRINK):
             raise OSError(errno.EINVAL, "an overflow file must be sealed against shrinking")
+        self._inode = self._memory.inode
         self.at = self._memory.offset
         """Where the next record begins. The reader sets it to a record's ``after`` to take that record away."""
         self.left: list[int] = []  # not empty: its announcement was taken off the socket
@@ -276,6 +281,14 @@ class Inbox:
             return False  # a large record is being written
         self._memory.seal(SEAL_GROW)
         return self.next() is None  # what came in before the seal; a torn rest belongs to a writer that failed
+
+    @property
+    def inode(self) -> int:
+        return self._inode
+
+    def wind(self) -> None:
+        """Go to where the last of those left off who share the file."""
+        self.at = self._memory.offset
 
     def rewind(self) -> None:
         """Put the shared position before the first record not taken, so that another holder can go on."""

@@ -29,7 +29,7 @@ from ._overflow import Outbox
 PICKLE: Final = 0x80
 HEADS_UP, ANNOUNCE, CLOSE, HELD, CARRIER = 1, 2, 3, 4, 5
 HEADS_UP_PACKET: Final = bytes([HEADS_UP])
-ANNOUNCEMENT: Final = bytes([ANNOUNCE])
+ANNOUNCEMENT: Final = struct.Struct("<BQ")  # kind, the file's inode number
 PROCESS: Final = struct.Struct("<BBI")  # kind, reason (of CLOSE), pid
 CARRIER_HEAD: Final = struct.Struct("<BBIQ")  # kind, flags, descriptors, size of the body
 BODY_IN_MEMORY, IN_ENVELOPE = 1, 2
@@ -121,11 +121,16 @@ def unread(sock: Socket, described: bool) -> Iterator[Descriptors]:
             return
 
 
+def lose(sock: Socket) -> Iterator[Descriptors]:
+    """Nobody will ever receive this socket: tell the other end; and give what was queued in it."""
+    farewell(sock, None, "undeliverable")
+    shut(sock)
+    return unread(sock, described=True)
+
+
 def bounce(found: Iterator[Descriptors]) -> None:
-    """Nobody will ever receive these: tell the other ends of the sockets among them, and of those queued in them."""
+    """Nobody will ever receive these: ``lose`` the sockets among them, and those queued in them."""
     pending = list(found)
     while pending:
         for sock in pending.pop().sockets():
-            farewell(sock, None, "undeliverable")
-            shut(sock)
-            pending.extend(unread(sock, described=True))
+            pending.extend(lose(sock))

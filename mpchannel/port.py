@@ -21,7 +21,6 @@ import time
 import warnings
 from _thread import _count as other_threads
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from multiprocessing import BufferTooShort
 from typing import Any, Final, Generic, Self, TypeVar
 
@@ -34,13 +33,15 @@ from ._clone import (
     loads,
     pack,
     pack_bytes,
+    post_moving,
     register,
     transferables,
     unpack_bytes,
 )
 from ._delivery import TURNS, loop_home
+from ._end import Buffer, Hand, Taken, spare_buffers
 from ._endpoint import STALL_PAUSE, Endpoint, State
-from ._link import Buffer, Hand, Link, Taken, spare_buffers
+from ._link import Link
 from ._wire import End, Parcel
 from .errors import BufferFull, DataCloneError, MessageError, PortClosedError
 from .events import CloseEvent, MessageErrorEvent, MessageEvent
@@ -131,47 +132,21 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
         return listed
 
     def _move(self, pickled: bytes | Pickled, objects: Sequence[Transferable], how: str) -> bool:
-        """Post a message with transferables: all or nothing."""
-        link = self._link
-        doomed = any(each._channel == link.channel for each in objects)
+        doomed = any(each._channel == self._link.channel for each in objects)
         if doomed:
             warnings.warn(
                 f"{self!r} posts its own other end: the message is lost and the channel is closed",
                 RuntimeWarning,
                 stacklevel=3,
             )
-        sent: list[int] = []
-        locks = [lock for each in objects for lock in each._locks()]
-        locks.append((id(link), 1, link.sending))
-        locks.sort(key=lambda lock: lock[:2])
-        with ExitStack() as held:
-            for _, _, lock in locks:
-                held.enter_context(lock)
-            for place, each in enumerate(objects):
-                each._check_movable(f"transfer[{place}]")  # another thread may have closed or moved it since
-            entries = [each._pack_up() for each in objects]
-            parts, size = assemble(pickled, entries)
-            self._check_room(size)
-            numbers = [number for entry in entries for number in entry.numbers]
-            accepted = lost = False
-            departure, pending, interruption = Departure(f"{how} through {self!r}"), list(objects), None
-            try:
-                accepted = not doomed and link.post_parts(parts, size, numbers, sent)
-                lost = not accepted
-            finally:
-                # Exceptions of signal handlers may come right behind the call that sends, and behind any of these.
-                while (sent or lost) and pending:
-                    try:
-                        pending[-1]._left(departure, link.peer_pid, lost=lost)
-                        pending.pop()
-                    except BaseException as error:
-                        interruption = error
-            if interruption is not None:
-                try:
-                    raise interruption
-                finally:
-                    del interruption  # see _fumbled
-        return accepted
+        return post_moving(
+            self._link,
+            pickled,
+            objects,
+            Departure(f"{how} through {self!r}"),
+            doomed=doomed,
+            check=self._check_room,
+        )
 
     def _check_room(self, size: int) -> None:
         limit = self._limit

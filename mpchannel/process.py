@@ -1,22 +1,56 @@
-"""``Process`` under the three start methods: the stdlib's, whose arguments may hold ports.
+"""Processes: the standard library's, whose arguments may hold ports, connections, and what plain pickle cannot find.
 
-What is added to the stdlib's: a closed or moved port among the arguments makes ``start()`` raise under fork too, and
-the goodbye of the child's ports comes after its last thread has ended.
+Added to the standard library's: a closed or moved port among the arguments makes ``start()`` raise under fork too; the
+goodbye of the child's ports comes after its last thread has ended; under spawn and forkserver, functions and classes
+that the child could not import (of a notebook, nested ones, lambdas) go by value; and when a child cannot load what it
+was given, its ports are ``undeliverable``, and its traceback says what to do.
 """
 
 from __future__ import annotations
 
 import multiprocessing.context
-import multiprocessing.process
+import multiprocessing.process as stdlib
+import multiprocessing.queues
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from types import TracebackType
 from typing import Any
 
+from . import _clone
 from ._delivery import say_goodbye
-from .reduction import given_ports, starts_failed
+from ._given import given_ports
+from .queues import carry_by_value
+from .reduction import accept_arrivals, expect_arrivals, lose_arrivals, starts_failed
 
-__all__ = ["Process"]
+__all__ = ["BaseProcess", "active_children", "current_process", "parent_process"]
+
+active_children = stdlib.active_children
+current_process = stdlib.current_process
+parent_process = stdlib.parent_process
 
 
-class _Crossing(multiprocessing.process.BaseProcess):
+def __getattr__(name: str) -> Any:
+    return getattr(stdlib, name)
+
+
+class Here(threading.local):
+    packing: BaseProcess | None = None  # the process whose content is being packed
+
+
+here = Here()
+
+
+class BaseProcess(stdlib.BaseProcess):
+    """What the processes of every start method have in common."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for each in (*self._args, *self._kwargs.values()):  # type: ignore[attr-defined]
+            if isinstance(each, multiprocessing.queues.Queue):
+                carry_by_value(each)
+
     def start(self) -> None:
         for port in given_ports(self):
             port._check_movable("an argument of the process")
@@ -33,21 +67,45 @@ class _Crossing(multiprocessing.process.BaseProcess):
         finally:
             say_goodbye()
 
-
-class Process(_Crossing, multiprocessing.context.Process):
-    """``multiprocessing.Process``: ports in ``target``, ``args``, ``kwargs`` and attributes move to the child.
-
-    They are detached here when ``start()`` returned, and untouched when it raised.
-    """
-
-
-class ForkProcess(_Crossing, multiprocessing.context.ForkProcess):
-    pass
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if here.packing is self or multiprocessing.context.get_spawning_popen() is None:
+            return super().__reduce_ex__(protocol)
+        outer, here.packing = here.packing, self
+        try:
+            return _load, (_clone.dumps(self),)
+        finally:
+            here.packing = outer
 
 
-class SpawnProcess(_Crossing, multiprocessing.context.SpawnProcess):
-    pass
+def begin_in_child(name: str) -> None:
+    """In a child that was not forked, before anything is imported there for the user."""
+    expect_arrivals()
+    sys.excepthook = partial(_cannot_start, name, sys.excepthook)
 
 
-class ForkServerProcess(_Crossing, multiprocessing.context.ForkServerProcess):
-    pass
+def _load(data: bytes) -> BaseProcess:
+    """In the child: what ``__reduce_ex__`` packed."""
+    process: BaseProcess = _clone.loads(data)
+    hook = sys.excepthook
+    if isinstance(hook, partial) and hook.func is _cannot_start:
+        sys.excepthook = hook.args[1]
+    accept_arrivals()
+    return process
+
+
+def _cannot_start(
+    name: str,
+    before: Callable[..., Any],
+    kind: type[BaseException],
+    error: BaseException,
+    trace: TracebackType | None,
+) -> None:
+    """The exception hook of a child that has not loaded its process object yet."""
+    sys.excepthook = before
+    lose_arrivals()
+    error.add_note(
+        f"{name} could not start: what it was given could not be loaded in the new process. It imports the main module "
+        'first: that must be importable, start processes only under `if __name__ == "__main__":`, and what it '
+        "defines must be found there by its name."
+    )
+    before(kind, error, trace)

@@ -14,7 +14,6 @@ they are quick, and they never raise.
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import multiprocessing.context
 import multiprocessing.popen_fork
@@ -27,17 +26,21 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Iterator
 from typing import Any, Final
 
 from . import _clone, _delivery, _kernel
 from ._clone import Departure
-from ._link import Link, begin_in_child, close_what_was_not_given, open_links
+from ._given import AnyPort, connections_in_use, given_ports
+from ._link import Link, begin_in_child, open_links
+from ._shared import SharedEnd, open_shared_ends
+from ._wire import bounce, lose
 from .port import MessagePort
 
-__all__ = ["given_ports"]
+__all__ = multiprocessing.reduction.__all__
 
-AnyPort = MessagePort[Any, Any]
+
+def __getattr__(name: str) -> Any:
+    return getattr(multiprocessing.reduction, name)
 
 
 class _Start:
@@ -54,6 +57,7 @@ class _Start:
         luggage, sock = port._lend(self)
         self.ports.append(port)
         self.sockets.append(sock)
+        _kernel.mark(sock, True)
         return luggage, sock.fileno()
 
     @property
@@ -68,7 +72,9 @@ class _Start:
         while self.ports:
             self.ports[-1]._given_back()
             self.ports.pop()
-        self.sockets.clear()
+        while self.sockets:
+            _kernel.mark(self.sockets[-1], False)
+            self.sockets.pop()
 
     def succeeded(self, pid: int) -> None:
         # Pending to the end: whoever uses one of them meanwhile must take nothing.
@@ -161,56 +167,42 @@ def _process_being_pickled() -> Any:
 def _arrive(copy: Any, luggage: bytes) -> AnyPort:
     _clone.prepare()
     sock = _kernel.adopt_socket(copy.detach())
-    return MessagePort._of(Link.unpack(sock, luggage))
+    _kernel.mark(sock, False)
+    port: AnyPort = MessagePort._of(Link.unpack(sock, luggage))
+    if _arrivals is not None:
+        _arrivals.append(port)
+    return port
+
+
+# In a child that was not forked: until all that it was given is loaded, it may turn out that it cannot be.
+
+_arrivals: list[AnyPort] | None = None
+
+
+def expect_arrivals() -> None:
+    """Before the main module is imported, and the process object loaded."""
+    global _arrivals
+    _arrivals = []
+
+
+def accept_arrivals() -> None:
+    """All was loaded."""
+    global _arrivals
+    _arrivals = None
+
+
+def lose_arrivals() -> None:
+    """The child cannot start: what it was given is undeliverable."""
+    for port in _arrivals or ():
+        port._undelivered()
+    for sock in _kernel.marked_sockets():
+        bounce(lose(sock))
 
 
 multiprocessing.reduction.register(MessagePort, _reduce_port)
 
 
 # fork: by inheritance
-
-_NOT_ENTERED: Final = (
-    *(type, types.ModuleType, types.FrameType, types.TracebackType, types.CodeType, weakref.ref),
-    multiprocessing.queues.Queue,  # what waits in it goes to whoever takes it, which this process need not be
-)
-
-
-def given_ports(process: multiprocessing.process.BaseProcess) -> list[AnyPort]:
-    """The ports that *process* is given: reachable from its target, arguments and attributes, through containers,
-    instances, closures, partials and bound methods, and through the globals that a lambda or nested target names.
-    """
-    found: dict[int, AnyPort] = {}
-    seen: set[int] = set()
-    level = list(vars(process).values())
-    while level:
-        # By levels, and by type(): a million small tuples take a second, and a proxy's __class__ is not asked.
-        entered: list[Any] = []
-        following: list[Any] = []
-        for thing in level:
-            kind = type(thing)
-            if id(thing) in seen or not gc.is_tracked(thing):
-                continue  # what the collector does not track refers to nothing that it does
-            seen.add(id(thing))
-            if issubclass(kind, MessagePort):
-                found[id(thing)] = thing
-            elif issubclass(kind, types.FunctionType):
-                following += _referents(thing)
-            elif not issubclass(kind, _NOT_ENTERED):
-                entered.append(thing)
-        level = following + gc.get_referents(*entered)
-    return list(found.values())
-
-
-def _referents(function: types.FunctionType) -> Iterator[Any]:
-    for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:
-            continue  # not assigned yet
-    yield from (function.__defaults__, function.__kwdefaults__, vars(function))
-    if "<" in function.__qualname__:  # <lambda>, or defined in a function: not importable, so made for the occasion
-        for name in function.__code__.co_names:
-            yield function.__globals__.get(name)
 
 
 def _forking_popen() -> tuple[Any, Any] | None:
@@ -224,15 +216,28 @@ def _forking_popen() -> tuple[Any, Any] | None:
 _LAUNCH: Final[types.CodeType] = vars(multiprocessing.popen_fork.Popen)["_launch"].__code__
 
 
+_NOT_GIVEN: Final = (
+    "handle is closed: this Connection was inherited by a fork, but nothing that the process was given leads to it; "
+    "pass it in args=(connection,)"
+)
 _given_by_fork: Final[dict[int, list[AnyPort]]] = {}  # by forking thread, from before its fork to after it
+
+
+_kept_by_fork: Final[dict[int, list[SharedEnd]]] = {}  # likewise: the ends of pipes that the child shares
 
 
 def _before_fork() -> None:
     try:
         _delivery.before_fork()
         starting = _forking_popen()
-        if starting is not None and open_links():
-            _lend_given(*starting)
+        ends = open_shared_ends()
+        if starting is not None:
+            ends = connections_in_use(starting[1], ends)
+            if open_links():
+                _lend_given(*starting)
+        _kept_by_fork[threading.get_ident()] = ends
+        for end in ends:
+            end.shared = True
     finally:
         _kernel.crossing.acquire()
 
@@ -249,6 +254,7 @@ def _lend_given(popen: Any, process: Any) -> None:
 def _after_fork_in_parent() -> None:
     _kernel.crossing.release()
     _given_by_fork.pop(threading.get_ident(), None)
+    _kept_by_fork.pop(threading.get_ident(), None)
     _delivery.after_fork_in_parent(sys._getframe(1))
 
 
@@ -256,10 +262,18 @@ def _after_fork_in_child() -> None:
     _kernel.crossing.release()  # this thread holds it here as well
     given = _given_by_fork.pop(threading.get_ident(), [])
     _given_by_fork.clear()
+    kept = _kept_by_fork.pop(threading.get_ident(), [])
+    _kept_by_fork.clear()
     _starts.clear()
     _delivery.after_fork_in_child()
     _sort_out(begin_in_child(), given)
-    close_what_was_not_given()
+    for end in open_shared_ends():
+        if any(end is each for each in kept):
+            end.go_on_in_child()
+        else:
+            end.stay_behind(_NOT_GIVEN)
+    sockets = {each._socket() for each in (*open_links(), *open_shared_ends())}
+    _kernel.close_inherited(sockets)
 
 
 def _sort_out(inherited: list[Link], given: list[AnyPort]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
-import pickle
 import queue
 import signal
 import subprocess
@@ -13,7 +12,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -153,12 +152,7 @@ def test_a_port_moves_in_a_closure_into_a_spawned_process(method: str) -> None:
         children.answer(theirs)
 
     process = mpchannel.get_context(method).Process(target=target)
-    with suppress(AttributeError, pickle.PicklingError):
-        process.start()
-    if process.pid is None:
-        ours.close()
-        theirs.close()
-        pytest.xfail("targets that cannot be pickled by name are not sent by value yet")
+    process.start()
     assert theirs.detached
     ours.post_message("question")
     assert ours.recv(20) == ("answer", "question")

@@ -1,0 +1,425 @@
+"""What every kind of end needs: posting packets, into an overflow file while the socket is full, and sleeping until
+something comes.
+
+House rules. A packet is queued whole or not at all. ``sending`` is re-entrant, because a signal handler may come at any
+line and post as well. ``_send`` is replaced at release by a function that raises, so the path of small messages checks
+no state.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from _thread import _count as other_threads
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from ._kernel import (
+    MAX_DESCRIPTORS,
+    PEEK,
+    SEAL_SHRINK,
+    SEND_NOW,
+    Bell,
+    Memory,
+    Socket,
+    enclose,
+    explain,
+    queued,
+    roomier,
+    send_with,
+    set_receive_timeout,
+    wait_readable,
+    wait_writable,
+)
+from ._overflow import Outbox
+from ._wire import (
+    ANNOUNCE,
+    ANNOUNCEMENT,
+    BODY_IN_MEMORY,
+    CARRIER,
+    CARRIER_HEAD,
+    HEADS_UP_PACKET,
+    IN_ENVELOPE,
+    End,
+    Parcel,
+    record,
+)
+
+INLINE_MAX: Final = 160 * 1024
+"""Largest packet sent through the socket itself (its usual limit is 212,960 bytes). Up to there a copy through the
+socket costs a quarter of one through fresh memory: 11 against 74 us for 128 KiB."""
+BUFFER: Final = INLINE_MAX + 64
+_ROOM_TRIES: Final = 20  # times to ask for room before opening an overflow file, which costs about 40 us
+_ROOM_WAIT: Final = 1  # ms to wait for a receiver that was seen to take something
+_BODIES_QUEUED: Final = 16 * 2 * 768
+"""Unread bytes in the socket from which on large bodies go to the overflow file: no more than some 16 of them may wait
+in memory of their own, as the descriptors that a user has in flight are limited (each body: two packets of 768)."""
+_NO_ROOM: Final = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EMSGSIZE)
+
+GONE: Final = (BrokenPipeError, ConnectionResetError)
+
+_BLOCK: Final = 0.004  # seconds a receive call may hold the lock; a transfer or another reader waits that long
+_SPIN: Final = 60e-6  # seconds a port that was quick last time is asked again and again before its thread sleeps:
+_QUICK: Final = 200e-6  # a sleeping thread on another core takes some 50 us to wake
+
+
+class Buffer(bytearray):
+    """Where a packet is received; it knows how much of it that packet is."""
+
+    __slots__ = ("size",)
+
+    size: int
+
+
+spare_buffers: list[Buffer] = []
+"""Whoever takes a bare pickle in a ``Buffer`` owns that until he puts it here again."""
+
+Taken = Buffer | memoryview | Parcel | End
+"""What ``take`` gives: a bare pickle (in a buffer of ours, or elsewhere), a parcel, the end."""
+
+
+Hand = list[Any]
+"""What a receiver has taken and not yet made a message of."""
+
+
+class SocketEnd:
+    """A socket to post on, and to wait on."""
+
+    __slots__ = (
+        "_bells",
+        "_bodies",
+        "_outbox",
+        "_owes",
+        "_recv_into",
+        "_send",
+        "_sock",
+        "_timed",
+        "hot",
+        "peer_pid",
+        "receiving",
+        "sending",
+        "slow",
+    )
+
+    def __init__(self, sock: Socket, peer_pid: int | None = None) -> None:
+        """The socket is set by who inherits from this, once all else is there."""
+        self.peer_pid = peer_pid  # last process known to hold the other end
+        self.receiving = threading.RLock()
+        self.sending = threading.RLock()
+        self._sock: Socket | None = None
+        self._send: Callable[..., Any] = sock.send
+        self._recv_into: Callable[..., int] = sock.recv_into
+        self._outbox: Outbox | None = None
+        self._owes = False  # a heads-up was sent whose packet is still to be sent
+        self._bodies = 0  # bytes of bodies sent in memory since the queue was last seen empty
+        self._bells: list[Bell] = []
+        self.slow = False  # take with care: something is there that is no bare pickle in the socket
+        self.hot = False  # the last message came quickly
+        self._timed = False
+
+    @property
+    def open(self) -> bool:
+        return self._sock is not None
+
+    def fileno(self) -> int:
+        sock = self._sock
+        if sock is None:
+            self._recv_into()  # raises, with the reason
+            raise AssertionError("unreachable")
+        return sock.fileno()
+
+    def _socket(self) -> Socket:
+        sock = self._sock
+        if sock is None:
+            self._recv_into()  # raises: closed, or detached
+            raise AssertionError("unreachable")
+        return sock
+
+    # Posting
+
+    def post(self, data: bytes) -> bool:
+        """Queue one packet. ``False`` if the channel is closed. Raises ``OSError`` (limits), with nothing queued."""
+        outbox = self._outbox
+        if outbox is not None:
+            try:
+                if not other_threads():  # nobody to lock out, as in MessagePort.recv
+                    appended = outbox.append_small(data)
+                else:
+                    with self.sending:
+                        appended = outbox.append_small(data)
+            except OSError as error:
+                raise explain(error, f"post a message of {len(data)} bytes") from error
+            if appended:
+                return True
+        elif len(data) <= INLINE_MAX:
+            # Without the lock, which would be a tenth of the whole cost.
+            try:
+                self._send(data, SEND_NOW)
+            except GONE:
+                return False
+            except OSError as error:
+                if error.errno not in _NO_ROOM:
+                    raise
+            else:
+                if self._outbox is not None:
+                    # Another thread began an overflow file meanwhile, and this packet may be queued behind it: so
+                    # must be all that this thread posts from now on.
+                    with self.sending:
+                        self._leave_outbox()
+                return True
+        return self.post_parts((data,), len(data))
+
+    def post_parts(
+        self, parts: Sequence[Any], size: int, numbers: Sequence[int] = (), sent: list[int] | None = None
+    ) -> bool:
+        """``post`` for a packet in pieces, with the descriptors *numbers* (copies travel; the caller keeps his).
+
+        *sent* is filled as soon as the packet is queued, even if a signal handler raises right then.
+        """
+        with self.sending:
+            sock = self._sock
+            if sock is None:
+                return self._refuse_post()
+            try:
+                count, flags, envelope = len(numbers), 0, None
+                if count >= MAX_DESCRIPTORS:
+                    envelope = enclose(numbers)
+                    numbers, flags = (envelope.fileno(),), IN_ENVELOPE
+                outbox = self._outbox
+                if outbox is not None:
+                    if outbox.abandoned(sock):
+                        self._outbox = None
+                        return False
+                    try:
+                        if outbox.append(*record(parts, size, numbers, count, flags), sent):
+                            return True
+                    except OSError:
+                        self._leave_outbox()  # it ended with a record that is not whole
+                        raise
+                    self._leave_outbox()
+                if self._post_by_socket(sock, parts, size, numbers, count, flags, sent):
+                    self._leave_outbox()  # one that a signal handler opened in between: this packet is behind it
+                else:
+                    self._open_outbox(sock, record(parts, size, numbers, count, flags), sent)
+                return True
+            except GONE:
+                return False
+            except OSError as error:
+                with_them = f" and {count} descriptors" if count else ""
+                raise explain(error, f"post a message of {size} bytes{with_them}") from error
+
+    def _refuse_post(self) -> bool:
+        try:
+            self._send()
+        except GONE:
+            pass
+        return False
+
+    def _post_by_socket(
+        self,
+        sock: Socket,
+        parts: Sequence[Any],
+        size: int,
+        numbers: Sequence[int],
+        count: int,
+        flags: int,
+        sent: list[int] | None,
+    ) -> bool:
+        """Send a packet through the socket, waiting for room for an instant. ``False`` if there is none."""
+        memory = None
+        for _ in range(_ROOM_TRIES):
+            try:
+                if size > INLINE_MAX and memory is None:
+                    if queued(sock) >= _BODIES_QUEUED:
+                        os.sched_yield()
+                        continue
+                    memory = Memory.create()
+                    memory.write(parts)
+                    memory.seal(SEAL_SHRINK)
+                    parts, numbers, flags = (), (memory.fileno(), *numbers), flags | BODY_IN_MEMORY
+                if numbers:
+                    self._send_described(sock, (CARRIER_HEAD.pack(CARRIER, flags, count, size), *parts), numbers, sent)
+                    self._bodies += size if memory is not None else 0
+                    return True
+                send_with(sock, parts, ())
+                return True
+            except OSError as error:
+                if error.errno == errno.ETOOMANYREFS and not count:
+                    return False  # plain data must not use up the user's descriptors in flight
+                if error.errno not in _NO_ROOM:
+                    raise
+            waiting = queued(sock)
+            os.sched_yield()
+            # If the receiver is at work, room comes soon, and asking for it all the while would slow him down.
+            if queued(sock) < waiting and not wait_writable(sock, _ROOM_WAIT):
+                return False
+        return False
+
+    def _send_described(
+        self, sock: Socket, parts: Sequence[Any], numbers: Sequence[int], sent: list[int] | None
+    ) -> None:
+        if not self._owes:
+            sock.send(HEADS_UP_PACKET, SEND_NOW)
+        # Interrupted here, one heads-up too many costs the reader a look; one too few would cost descriptors.
+        self._owes = False
+        try:
+            send_with(sock, parts, numbers, sent)
+        except OSError:
+            self._owes = True
+            raise
+
+    def _open_outbox(
+        self, sock: Socket, first: tuple[Sequence[Any], int, Sequence[int]], sent: list[int] | None
+    ) -> None:
+        """The socket is full: begin an overflow file with the record *first*."""
+        outbox = Outbox(with_lane=bool(first[2]))
+        outbox.append(*first, None)
+        outbox.memory.seal(SEAL_SHRINK)
+        numbers = [outbox.memory.fileno()]
+        if outbox.far_lane is not None:
+            numbers.append(outbox.far_lane.fileno())
+        # Set before it is announced: who posts without the lock, and behind the announcement, must see it.
+        self._outbox = outbox
+        announced: list[int] = [] if sent is None else sent
+        try:
+            with roomier(sock):
+                self._send_described(sock, (ANNOUNCEMENT.pack(ANNOUNCE, outbox.memory.inode),), numbers, announced)
+        finally:
+            outbox.far_lane = None
+            if not announced:
+                self._outbox = None
+
+    def _leave_outbox(self) -> None:
+        """What is posted from now on goes through the socket, behind the overflow file."""
+        outbox, self._outbox = self._outbox, None
+        if outbox is not None:
+            outbox.seal()
+
+    @property
+    def buffered(self) -> int:
+        """Bytes of memory held by what was posted and not yet taken; 0 if and only if all was taken."""
+        sock, outbox = self._sock, self._outbox
+        waiting = 0 if sock is None else queued(sock)
+        if not waiting:
+            self._bodies = 0
+            return 0
+        if outbox is not None and not outbox.sealed:
+            waiting += outbox.memory.held
+        return waiting + self._bodies
+
+    # Taking and sleeping
+
+    def take(self, hand: Hand) -> Taken | None:
+        """The next packet or the end; ``None`` if nothing is there. What was taken is in *hand*, an empty list.
+
+        The caller holds ``receiving`` (or is in the only thread there is).
+        """
+        raise NotImplementedError
+
+    def next(self, hand: Hand, timeout: float | None = None, tried: bool = False) -> Taken:
+        """Take the next packet, or the end, waiting for it. Raises ``TimeoutError``. *tried*: nothing was there yet.
+
+        A port that was quick last time is asked again for some 60 us before its thread sleeps; then the socket itself
+        waits for some milliseconds, which wakes sooner than ``poll``; only then comes that, which a transfer can wake.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        brief = timeout is not None and timeout < 2 * _BLOCK
+        while True:
+            with self.receiving:
+                taken = self.take(hand) if brief else self._take_soon(hand, tried)
+            if taken is not None:
+                return taken
+            if not self.wait(deadline):
+                raise TimeoutError(f"no message came in {timeout} s")
+
+    def _take_soon(self, hand: Hand, tried: bool) -> Taken | None:
+        if self.hot:
+            until = time.perf_counter() + _SPIN
+            while time.perf_counter() < until:
+                if tried:
+                    os.sched_yield()
+                taken = self.take(hand)
+                if taken is not None:
+                    return taken
+                tried = True
+        if self.slow:
+            return self.take(hand)
+        sock = self._socket()
+        if not self._timed:
+            set_receive_timeout(sock, _BLOCK)
+            self._timed = True
+        self.hot = False
+        began = time.perf_counter()
+        try:
+            # Waits here, without taking: a signal handler that receives as well is called in the midst of it.
+            sock.recv_into(bytearray(1), 1, PEEK)
+        except BlockingIOError:
+            return None
+        except ConnectionResetError:
+            pass  # see take
+        taken = self.take(hand)
+        self.hot = taken is not None and time.perf_counter() - began < _QUICK
+        return taken
+
+    def wait(self, deadline: float | None, *, asleep_while: Callable[[], bool] | None = None) -> bool:
+        """Sleep until the socket has something, or somebody rings. No lock is held. ``False``, at once, if *deadline*
+        (on the monotonic clock) has passed.
+
+        *asleep_while*: do not look at the socket, only wait for a ring, unless this is false once the bell hangs.
+        """
+        seconds = None
+        if deadline is not None:
+            seconds = deadline - time.monotonic()
+            if seconds <= 0:
+                return False
+        try:
+            bell = Bell()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            # No descriptor left for a bell: look again every now and then.
+            time.sleep(min(_BLOCK, _BLOCK if seconds is None else seconds))
+            return True
+        self.hang(bell)
+        try:
+            sock = self._sock
+            number = -1 if sock is None else sock.fileno()
+            sock = None
+            if number < 0 or self.recovered:
+                return True
+            if asleep_while is not None:
+                if asleep_while():
+                    wait_readable(None, bell, seconds)
+            else:
+                blind = self._blind_for()
+                if blind is None:
+                    wait_readable(number, bell, seconds)
+                else:
+                    wait_readable(None, bell, blind if seconds is None else min(seconds, blind))
+        finally:
+            self.take_down(bell)
+        return True
+
+    def hang(self, bell: Bell) -> None:
+        """Have *bell* rung when this link is closed, moved away or given back, or something was put back."""
+        self._bells.append(bell)
+
+    def take_down(self, bell: Bell) -> None:
+        if bell in self._bells:
+            self._bells.remove(bell)
+
+    def ring(self) -> None:
+        """Wake every thread that sleeps in ``wait``."""
+        for bell in tuple(self._bells):
+            bell.ring()
+
+    @property
+    def recovered(self) -> bool:
+        """Whether something is there that no readable socket tells of."""
+        return False
+
+    def _blind_for(self) -> float | None:
+        """Seconds to sleep without looking at the socket, which is readable although nothing can be taken yet."""
+        return None

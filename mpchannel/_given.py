@@ -1,0 +1,156 @@
+"""What a process is given: which ports, and which connections, can be reached from it.
+
+A forked child inherits everything that its parent has open, and keeps only what it was given. For a port, which moves,
+that is what the process object holds. A connection is shared, and code for the standard library's may use one that its
+target finds in a global variable; so what that code can reach counts too. Where that cannot be known (the target is a
+pool's, which gets its functions later; code that looks names up by itself), all connections are kept, as in the
+standard library.
+
+House rule: only looks; runs no code of the user's.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing.process
+import multiprocessing.queues
+import sys
+import sysconfig
+import types
+import weakref
+from collections.abc import Iterator
+from functools import partial as _partial
+from typing import Any, Final
+
+from ._shared import SharedEnd
+from .connection import Connection
+from .port import MessagePort
+
+AnyPort = MessagePort[Any, Any]
+
+_NOT_ENTERED: Final = (
+    *(type, types.ModuleType, types.FrameType, types.TracebackType, types.CodeType, weakref.ref),
+    multiprocessing.queues.Queue,  # what waits in it goes to whoever takes it, which this process need not be
+)
+
+
+def given_ports(process: multiprocessing.process.BaseProcess) -> list[AnyPort]:
+    """The ports that *process* is given: reachable from its target, arguments and attributes, through containers,
+    instances, closures, partials and bound methods, and through the globals that a lambda or nested target names.
+    """
+    found: dict[int, AnyPort] = {}
+    seen: set[int] = set()
+    level = list(vars(process).values())
+    while level:
+        # By levels, and by type(): a million small tuples take a second, and a proxy's __class__ is not asked.
+        entered: list[Any] = []
+        following: list[Any] = []
+        for thing in level:
+            kind = type(thing)
+            if id(thing) in seen or not gc.is_tracked(thing):
+                continue  # what the collector does not track refers to nothing that it does
+            seen.add(id(thing))
+            if issubclass(kind, MessagePort):
+                found[id(thing)] = thing
+            elif issubclass(kind, types.FunctionType):
+                following += _referents(thing)
+            elif not issubclass(kind, _NOT_ENTERED):
+                entered.append(thing)
+        level = following + gc.get_referents(*entered)
+    return list(found.values())
+
+
+def _referents(function: types.FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:
+            continue  # not assigned yet
+    yield from (function.__defaults__, function.__kwdefaults__, vars(function))
+    if "<" in function.__qualname__:  # <lambda>, or defined in a function: not importable, so made for the occasion
+        for name in function.__code__.co_names:
+            yield function.__globals__.get(name)
+
+
+_DYNAMIC: Final = {"eval", "exec", "globals", "modules"}  # code that names these may reach anything
+_INSTALLED: Final = tuple({path + "/" for name, path in sysconfig.get_paths().items() if name.endswith("lib")})
+
+
+class _AnythingReachable(Exception):
+    """It cannot be told what code can reach."""
+
+
+def connections_in_use(process: multiprocessing.process.BaseProcess, ends: list[SharedEnd]) -> list[SharedEnd]:
+    """Those of the open *ends* that the code of *process* can reach, as far as that can be told; else all."""
+    if not ends:
+        return []
+    target = getattr(process, "_target", None)
+    code = type(process) if target is None else target
+    while isinstance(code, (types.MethodType, _partial)):
+        code = code.__func__ if isinstance(code, types.MethodType) else code.func
+    if not _is_the_users(getattr(code, "__module__", None)):
+        return ends
+    wanted = {id(end) for end in ends}
+    found: dict[int, SharedEnd] = {}
+    seen: set[int] = set()
+    level: list[Any] = [type(process), *vars(process).values()]
+    try:
+        while level and len(found) < len(wanted):
+            following: list[Any] = []
+            entered: list[Any] = []
+            for thing in level:
+                kind = type(thing)
+                if id(thing) in seen or not gc.is_tracked(thing):
+                    continue
+                seen.add(id(thing))
+                if issubclass(kind, Connection):
+                    if id(thing._end) in wanted:
+                        found[id(thing._end)] = thing._end
+                elif issubclass(kind, types.FunctionType):
+                    following += _all_referents(thing)
+                elif issubclass(kind, type):
+                    if _is_the_users(thing.__module__):
+                        following += (*vars(thing).values(), *thing.__bases__)
+                elif not issubclass(kind, _NOT_ENTERED):
+                    entered.append(thing)
+                    following.append(kind)
+            level = following + gc.get_referents(*entered)
+    except _AnythingReachable:
+        return ends
+    return list(found.values())
+
+
+def _all_referents(function: types.FunctionType) -> Iterator[Any]:
+    yield from _referents(function)
+    if not _is_the_users(function.__module__):
+        return
+    names = set(_names(function.__code__))
+    if not names.isdisjoint(_DYNAMIC):
+        raise _AnythingReachable
+    for name in names:
+        value = function.__globals__.get(name, sys.modules.get(name))
+        if isinstance(value, types.ModuleType):
+            if _is_the_users(value.__name__):
+                yield from (vars(value)[each] for each in names & vars(value).keys())
+        else:
+            yield value
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for each in code.co_consts:
+        if isinstance(each, types.CodeType):
+            yield from _names(each)
+
+
+def _is_the_users(module: str | None) -> bool:
+    """Whether a module is neither the standard library's nor installed."""
+    if module is None:
+        return False
+    if module in ("__main__", "__mp_main__"):
+        return True
+    if module.partition(".")[0] == __package__:
+        return False
+    found = sys.modules.get(module)
+    file = getattr(found, "__file__", None)
+    return file is not None and not file.startswith(_INSTALLED)
