@@ -52,6 +52,7 @@ INLINE_MAX: Final = 160 * 1024
 socket costs a quarter of one through fresh memory: 11 against 74 us for 128 KiB."""
 BUFFER: Final = INLINE_MAX + 64
 _ROOM_TRIES: Final = 20  # times to ask for room before opening an overflow file, which costs about 40 us
+_ROOM_PATIENCE: Final = 0.005  # seconds after which no further try is made
 _ROOM_WAIT: Final = 1  # ms to wait for a receiver that was seen to take something
 _BODIES_QUEUED: Final = 16 * 2 * 768
 """Unread bytes in the socket from which on large bodies go to the overflow file: no more than some 16 of them may wait
@@ -96,6 +97,7 @@ class SocketEnd:
         "_send",
         "_sock",
         "_timed",
+        "_waiting",
         "hot",
         "peer_pid",
         "receiving",
@@ -118,6 +120,7 @@ class SocketEnd:
         self.slow = False  # take with care: something is there that is no bare pickle in the socket
         self.hot = False  # the last message came quickly
         self._timed = False
+        self._waiting = False  # for room: still set at the next post, if a signal handler's exception ended that
 
     @property
     def open(self) -> bool:
@@ -229,11 +232,17 @@ class SocketEnd:
     ) -> bool:
         """Send a packet through the socket, waiting for room for an instant. ``False`` if there is none."""
         memory = None
-        for _ in range(_ROOM_TRIES):
+        # On a busy machine every yield takes milliseconds: no second wait after one that a signal handler ended, or
+        # signals that come often would keep the thread here for ever.
+        tries, self._waiting = 1 if self._waiting else _ROOM_TRIES, False
+        until = time.perf_counter() + _ROOM_PATIENCE
+        for _ in range(tries):
             try:
                 if size > INLINE_MAX and memory is None:
                     if queued(sock) >= _BODIES_QUEUED:
+                        self._waiting = True
                         os.sched_yield()
+                        self._waiting = False
                         continue
                     memory = Memory.create()
                     memory.write(parts)
@@ -250,10 +259,13 @@ class SocketEnd:
                     return False  # plain data must not use up the user's descriptors in flight
                 if error.errno not in _NO_ROOM:
                     raise
+            self._waiting = True
             waiting = queued(sock)
             os.sched_yield()
             # If the receiver is at work, room comes soon, and asking for it all the while would slow him down.
-            if queued(sock) < waiting and not wait_writable(sock, _ROOM_WAIT):
+            in_vain = queued(sock) < waiting and not wait_writable(sock, _ROOM_WAIT)
+            self._waiting = False
+            if in_vain or time.perf_counter() > until:
                 return False
         return False
 

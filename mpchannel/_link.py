@@ -163,7 +163,7 @@ class Link(SocketEnd):
         _links[id(self)] = weakref.ref(self, partial(_links.pop, id(self))), sock
 
     def __del__(self) -> None:
-        if self._sock is not None and os.getpid() == _this_process:
+        if getattr(self, "_sock", None) is not None and os.getpid() == _this_process:  # (interrupted while made?)
             self.close("collected")
         # Else: a child was forked a moment ago and lost the state of the parent's other threads, even before any
         # at-fork hook. The channel is the parent's; begin_in_child() closes the copy.
