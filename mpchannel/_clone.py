@@ -277,11 +277,12 @@ def _plain_packer() -> _Packer:
 
 _by_value_packer: Callable[[], _Packer] | None = None
 _door_pickler: Callable[[Any], Any] | None = None
+_give_identity: Callable[[type], object] = id
 
 
 def prepare() -> None:
     """Import what packing may need. At the first channel: an import while packing could hang a forked child."""
-    global _by_value_packer, _door_pickler
+    global _by_value_packer, _door_pickler, _give_identity
     if _by_value_packer is not None:
         return
     import logging
@@ -312,7 +313,18 @@ def prepare() -> None:
         reducers = _door_reducers
 
     _door_pickler = DoorPickler
+    _give_identity = cloudpickle.cloudpickle._get_or_create_tracker_id
     _by_value_packer = partial(_Packer, ByValuePickler)
+
+
+def know_classes() -> None:
+    """Before a fork: give the classes of a ``__main__`` without a file the identity that they travel with, so that
+    what either process sends back is of the other's own class.
+    """
+    if _door_pickler is not None and not _main_has_file():
+        for thing in tuple(vars(sys.modules["__main__"]).values()):
+            if isinstance(thing, type) and thing.__module__ in _MAIN:
+                _give_identity(thing)
 
 
 def _found_in_main(thing: Any) -> bool:

@@ -85,6 +85,9 @@ class Connection(stdlib.Connection):
     def _handle(self) -> int | None:
         return self._end.fileno() if self._end.open else None
 
+    def _check_closed(self) -> None:
+        self._end.fileno()  # raises, with the reason
+
     def _close(self) -> None:
         self._end.close()
 
@@ -117,7 +120,7 @@ class Connection(stdlib.Connection):
         """Send a picklable object. Never waits for the receiver; ports found in *obj* move."""
         end = self._end
         if not (self._writable and end.open):
-            self._check_closed()  # type: ignore[attr-defined]
+            self._check_closed()
             self._check_writable()  # type: ignore[attr-defined]
         moving = Moving(None)
         try:
@@ -143,7 +146,7 @@ class Connection(stdlib.Connection):
     def recv(self) -> Any:
         """The next object. Raises ``EOFError`` when nothing is left and all copies of the other end are closed."""
         if not (self._readable and self._end.open):
-            self._check_closed()  # type: ignore[attr-defined]
+            self._check_closed()
             self._check_readable()  # type: ignore[attr-defined]
         hand: Hand = []
         taken = self._end.next(hand)
@@ -163,7 +166,7 @@ class Connection(stdlib.Connection):
 
     def recv_bytes(self, maxlength: int | None = None) -> bytes:
         """The bytes that ``send_bytes`` sent, or the pickle of what ``send`` sent."""
-        self._check_closed()  # type: ignore[attr-defined]
+        self._check_closed()
         self._check_readable()  # type: ignore[attr-defined]
         if maxlength is not None and maxlength < 0:
             raise ValueError("negative maxlength")
@@ -174,7 +177,7 @@ class Connection(stdlib.Connection):
 
     def recv_bytes_into(self, buf: Any, offset: int = 0) -> int:
         """Receive bytes into a writable buffer, from *offset* on; how many. ``BufferTooShort`` has them if it is."""
-        self._check_closed()  # type: ignore[attr-defined]
+        self._check_closed()
         self._check_readable()  # type: ignore[attr-defined]
         with memoryview(buf) as view, view.cast("B") as room:
             if offset < 0:

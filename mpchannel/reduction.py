@@ -229,6 +229,7 @@ _kept_by_fork: Final[dict[int, list[SharedEnd]]] = {}  # likewise: the ends of p
 def _before_fork() -> None:
     try:
         _delivery.before_fork()
+        _clone.know_classes()
         starting = _forking_popen()
         ends = open_shared_ends()
         if starting is not None:

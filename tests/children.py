@@ -367,6 +367,15 @@ def running(process: Any, ends_with: int | None = 0) -> Iterator[Any]:
             process.join(20)
 
 
+def wait_until_asleep() -> None:
+    """Until another thread sleeps in ``poll``, waiting for a message."""
+    deadline = time.monotonic() + 20
+    while not any(frame.f_code.co_name == "wait_readable" for frame in sys._current_frames().values()):
+        if time.monotonic() > deadline:
+            raise AssertionError("no thread fell asleep")
+        time.sleep(0.001)
+
+
 def let_deliver() -> None:
     """Let the delivery thread do all that it has to do by now."""
     for _ in range(2):
@@ -583,17 +592,21 @@ def post_first_and_last_on_each_port(port: Port) -> None:
             received.close()
 
 
-def run_script(script: str, *options: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-    """Run a program of its own that can import the package; its output is captured."""
+def script_environment() -> dict[str, str]:
+    """Variables for a program of its own that can import the package and the tests."""
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # for `tests`
     places = [os.path.dirname(_PACKAGE), here, os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
+
+
+def run_script(script: str, *options: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """Run a program of its own that can import the package; its output is captured."""
     return subprocess.run(
         [sys.executable, *options, "-c", textwrap.dedent(script)],
         capture_output=True,
         text=True,
         timeout=timeout,
-        env=environment,
+        env=script_environment(),
         check=False,
     )
 
@@ -1033,3 +1046,99 @@ def _be_wild(dice: random.Random) -> None:
             far.onmessage = lambda event: None
             far.onclose = lambda event: None
             near.close()
+
+
+# Pipes
+
+
+def echo_until_eof(connection: Any, *others: Any) -> None:
+    """Close the others, and send everything back until the end of file."""
+    for each in others:
+        each.close()
+    while True:
+        try:
+            message = connection.recv()
+        except EOFError:
+            return
+        connection.send(message)
+
+
+def send_in_turn(connection: Any, counter: Any, count: int) -> None:
+    """Under the lock of a shared counter: count on, and send the number."""
+    for _ in range(count):
+        with counter.get_lock():
+            connection.send((counter.value, bytes(counter.value % 300)))
+            counter.value += 1
+    connection.close()
+
+
+def receive_in_turn(connection: Any, lock: Any, results: Any, count: int) -> None:
+    got = []
+    for _ in range(count):
+        with lock:
+            got.append(connection.recv()[0])
+    results.send(got)
+
+
+def send_all(connection: Any, *messages: Any) -> None:
+    for each in messages:
+        connection.send(each)
+
+
+def wait_for_eof(connection: Any, *_held: Any) -> None:
+    try:
+        connection.recv()
+    except EOFError:
+        pass
+
+
+def make_one_pair_and_talk(results: Any) -> None:
+    mine, other = mpchannel.Pipe()
+    mine.send("own")
+    results.send(other.recv())
+
+
+GLOBAL_PIPE: list[Any] = []  # filled by a test before it forks
+
+
+def send_through_a_global(message: Any) -> None:
+    _send_through(message)
+
+
+def _send_through(message: Any) -> None:
+    GLOBAL_PIPE[0].send(message)
+
+
+class SenderByMethod:
+    """Its method uses a global that nothing else names."""
+
+    def work(self) -> None:
+        self.send()
+
+    def send(self) -> None:
+        GLOBAL_PIPE[0].send("by method")
+
+
+def use_inherited(results: Any, number: int) -> None:
+    """Whether a descriptor of the parent's is still the socket it was there."""
+    try:
+        kind = os.readlink(f"/proc/self/fd/{number}")
+    except OSError:
+        kind = "nothing"
+    results.send(kind)
+
+
+# Start-up
+
+
+def _cannot_be_loaded() -> None:
+    raise LookupError("it cannot be loaded")
+
+
+class CannotBeLoaded:
+    def __reduce__(self) -> Any:
+        return _cannot_be_loaded, ()
+
+
+def identity(thing: Any) -> Any:
+    return thing
