@@ -5,10 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.pool
 import pkgutil
+import re
 import subprocess
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,23 @@ from .children import run_script, running
 
 SUBMODULES = sorted(each.name for each in pkgutil.iter_modules(multiprocessing.__path__) if "win32" not in each.name)
 OURS = {"connection", "context", "process", "queues", "reduction", "sharedctypes"}
+
+
+# Promises
+
+
+def test_every_line_of_the_table_in_the_readme_names_tests_that_exist() -> None:
+    root = Path(__file__).parents[1]
+    page = (root / "README.md").read_text().split("## Coming from multiprocessing")[1].split("\n## ")[0]
+    lines = [line for line in page.splitlines() if line.startswith("| ") and not line.endswith("| |")]
+    assert len(lines) > 15
+    tests = set(
+        re.findall(r"^def (test_\w+)", "".join(each.read_text() for each in root.glob("tests/test_*.py")), re.M)
+    )
+    for line in lines:
+        named = re.findall(r"`(test_\w+)`", line)
+        assert named, f"no test stands behind: {line}"
+        assert set(named) <= tests, f"unknown tests: {set(named) - tests}"
 
 
 # Names
