@@ -1142,3 +1142,7 @@ class CannotBeLoaded:
 
 def identity(thing: Any) -> Any:
     return thing
+
+
+def post_pid_on(port: Port) -> None:
+    port.post_message(os.getpid())

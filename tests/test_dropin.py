@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.pool
+import os
 import pkgutil
 import re
 import subprocess
@@ -380,3 +381,40 @@ def run_script_file(script: str) -> Any:
             sys.exit(subprocess.run([sys.executable, path], check=False).returncode)
         """
     )
+
+
+# Ports through a manager
+
+
+@pytest.mark.leaves("resource sharer")
+def test_ports_move_into_a_managers_process_and_out_again(context: Any) -> None:
+    with context.Manager() as manager:
+        mail, queue = manager.list(), manager.Queue()
+        for put, get in ((mail.append, lambda: mail[0]), (queue.put, queue.get)):
+            mine, moving = mpchannel.MessageChannel()
+            put(moving)
+            assert moving.detached
+            arrived = get()
+            mine.post_message("hello")
+            assert arrived.recv(20) == "hello"
+            mine.close()
+            arrived.close()
+        mine, moving = mpchannel.MessageChannel()
+        mail.append(moving)
+    assert mine.wait_closed(20).reason in ("exited", "died", "collected")  # with the manager's process
+
+
+def test_a_port_in_a_pools_initializer_goes_to_the_one_worker_there_is(context: Any) -> None:
+    mine, moving = mpchannel.MessageChannel()
+    with context.Pool(1, initializer=children.post_pid_on, initargs=(moving,)) as pool:
+        assert mine.recv(20) == pool.apply(os.getpid)
+        pool.close()
+        pool.join()
+    mine.close()
+
+
+def test_a_port_in_the_initializer_of_several_workers_is_refused_and_nothing_hangs(context: Any) -> None:
+    mine, moving = mpchannel.MessageChannel()
+    with pytest.raises(mpchannel.DataCloneError, match=r"an argument of the process is a port that was given to"):
+        context.Pool(2, initializer=children.post_pid_on, initargs=(moving,))
+    mine.close()
