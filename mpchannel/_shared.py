@@ -44,6 +44,7 @@ from ._overflow import Inbox
 from ._wire import ANNOUNCE, ANNOUNCEMENT, CARRIER, PICKLE, End, Parcel, unwrap
 
 _OVER: Final = End("closed", None)
+_LOOK: Final = NOW | PEEK
 
 _ends: Final[dict[int, weakref.ref[SharedEnd]]] = {}  # all that are open in this process, by id()
 
@@ -117,37 +118,19 @@ class SharedEnd(SocketEnd):
 
     def take(self, hand: Hand) -> Taken | None:
         self._stuck = False
-        while True:
-            kind, inode = self._look()
-            if kind is None:
-                return None
-            if kind == ANNOUNCE:
-                inbox = self._open_inbox(inode)
-                taken = None if inbox is None else self._take_overflowed(inbox, hand)
-                if taken is not None or self._stuck:
-                    return taken
-            elif kind == CARRIER:
-                return self._take_described(hand)
-            elif kind < 0:
-                return _OVER
-            else:
-                return self._take_plain(hand)
-
-    def _look(self) -> tuple[int | None, int]:
-        """The kind of the next packet (-1: the end, ``None``: nothing there), and which file it announces if any."""
         mark = bytearray(ANNOUNCEMENT.size)
-        while True:
-            try:
-                size = self._recv_into(mark, 0, NOW | PEEK)
-            except BlockingIOError:
-                return None, 0
-            except ConnectionResetError:
-                continue  # told once, before what the other end had sent
-            if not size:
-                return -1, 0
-            return mark[0], ANNOUNCEMENT.unpack(mark)[1] if mark[0] == ANNOUNCE else 0
-
-    def _take_plain(self, hand: Hand) -> Taken | None:
+        try:
+            size = self._recv_into(mark, 0, _LOOK)
+        except BlockingIOError:
+            return None
+        except ConnectionResetError:
+            return self.take(hand)  # told once, before what the other end had sent
+        if not size:
+            return _OVER
+        if mark[0] == ANNOUNCE:
+            return self._take_announced(hand, ANNOUNCEMENT.unpack(mark)[1])
+        if mark[0] == CARRIER:
+            return self._take_described(hand)
         buffer = spare_buffers.pop() if spare_buffers else Buffer(BUFFER)
         try:
             size = buffer.size = self._recv_into(buffer, 0, NOW)
@@ -158,6 +141,25 @@ class SharedEnd(SocketEnd):
             return _OVER
         hand.append(buffer)
         return buffer if buffer[0] == PICKLE else Parcel(memoryview(buffer)[:size], Descriptors())
+
+    def _take_announced(self, hand: Hand, inode: int) -> Taken | None:
+        inbox = self._open_inbox(inode)
+        taken = None if inbox is None else self._take_overflowed(inbox, hand)
+        return taken if taken is not None or self._stuck else self.take(hand)
+
+    def _look(self) -> tuple[int | None, int]:
+        """The kind of the next packet (-1: the end, ``None``: nothing there), and which file it announces if any."""
+        mark = bytearray(ANNOUNCEMENT.size)
+        while True:
+            try:
+                size = self._recv_into(mark, 0, _LOOK)
+            except BlockingIOError:
+                return None, 0
+            except ConnectionResetError:
+                continue  # told once, before what the other end had sent
+            if not size:
+                return -1, 0
+            return mark[0], ANNOUNCEMENT.unpack(mark)[1] if mark[0] == ANNOUNCE else 0
 
     def _take_described(self, hand: Hand) -> Taken | None:
         sock, buffer = self._socket(), bytearray(BUFFER)
@@ -188,6 +190,12 @@ class SharedEnd(SocketEnd):
 
     def _take_overflowed(self, inbox: Inbox, hand: Hand) -> Taken | None:
         inbox.wind()
+        ahead, _, after = inbox.ahead()
+        if ahead and ahead[0] == PICKLE:
+            inbox.at = after
+            inbox.rewind()
+            hand.append(ahead)
+            return ahead
         record = inbox.next()
         if record is None:
             if not self._leave_if_exhausted(inbox, linger=False):

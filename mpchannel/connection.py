@@ -12,6 +12,7 @@ import errno
 import io
 import multiprocessing.connection as stdlib
 import multiprocessing.reduction
+from _thread import _count as other_threads
 from multiprocessing import BufferTooShort
 from typing import Any, NoReturn, Self, final
 
@@ -149,7 +150,16 @@ class Connection(stdlib.Connection):
             self._check_closed()
             self._check_readable()  # type: ignore[attr-defined]
         hand: Hand = []
-        taken = self._end.next(hand)
+        end = self._end
+        taken = None
+        if end.hot:  # next() would do the same a little later
+            if not other_threads():
+                taken = end.take(hand)
+            else:
+                with end.receiving:
+                    taken = end.take(hand)
+        if taken is None:
+            taken = end.next(hand, None, end.hot)
         kind = type(taken)
         if kind is Buffer:
             message = loads(taken)  # type: ignore[arg-type]
