@@ -18,7 +18,7 @@ import sys
 import sysconfig
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial as _partial
 from typing import Any, Final
 
@@ -38,9 +38,19 @@ def given_ports(process: multiprocessing.process.BaseProcess) -> list[AnyPort]:
     """The ports that *process* is given: reachable from its target, arguments and attributes, through containers,
     instances, closures, partials and bound methods, and through the globals that a lambda or nested target names.
     """
-    found: dict[int, AnyPort] = {}
+    return list(_reached(MessagePort, [*vars(process).values()], _referents, None))
+
+
+def _reached(
+    wanted: type,
+    level: list[Any],
+    of_function: Callable[[types.FunctionType], Iterable[Any]],
+    of_class: Callable[[type], Iterable[Any]] | None,
+) -> Iterator[Any]:
+    """The instances of *wanted* that can be reached from the things of a *level*. What functions and classes refer to
+    is for the caller to say; with *of_class* the classes of instances are entered too.
+    """
     seen: set[int] = set()
-    level = list(vars(process).values())
     while level:
         # By levels, and by type(): a million small tuples take a second, and a proxy's __class__ is not asked.
         entered: list[Any] = []
@@ -50,14 +60,17 @@ def given_ports(process: multiprocessing.process.BaseProcess) -> list[AnyPort]:
             if id(thing) in seen or not gc.is_tracked(thing):
                 continue  # what the collector does not track refers to nothing that it does
             seen.add(id(thing))
-            if issubclass(kind, MessagePort):
-                found[id(thing)] = thing
+            if issubclass(kind, wanted):
+                yield thing
             elif issubclass(kind, types.FunctionType):
-                following += _referents(thing)
+                following += of_function(thing)
             elif not issubclass(kind, _NOT_ENTERED):
                 entered.append(thing)
+                if of_class is not None:
+                    following.append(kind)
+            elif of_class is not None and issubclass(kind, type):
+                following += of_class(thing)
         level = following + gc.get_referents(*entered)
-    return list(found.values())
 
 
 def _referents(function: types.FunctionType) -> Iterator[Any]:
@@ -90,34 +103,19 @@ def connections_in_use(process: multiprocessing.process.BaseProcess, ends: list[
         code = code.__func__ if isinstance(code, types.MethodType) else code.func
     if not _is_the_users(getattr(code, "__module__", None)):
         return ends
-    wanted = {id(end) for end in ends}
-    found: dict[int, SharedEnd] = {}
-    seen: set[int] = set()
-    level: list[Any] = [type(process), *vars(process).values()]
+    found: list[SharedEnd] = []
     try:
-        while level and len(found) < len(wanted):
-            following: list[Any] = []
-            entered: list[Any] = []
-            for thing in level:
-                kind = type(thing)
-                if id(thing) in seen or not gc.is_tracked(thing):
-                    continue
-                seen.add(id(thing))
-                if issubclass(kind, Connection):
-                    if id(thing._end) in wanted:
-                        found[id(thing._end)] = thing._end
-                elif issubclass(kind, types.FunctionType):
-                    following += _all_referents(thing)
-                elif issubclass(kind, type):
-                    if _is_the_users(thing.__module__):
-                        following += (*vars(thing).values(), *thing.__bases__)
-                elif not issubclass(kind, _NOT_ENTERED):
-                    entered.append(thing)
-                    following.append(kind)
-            level = following + gc.get_referents(*entered)
+        for each in _reached(Connection, [type(process), *vars(process).values()], _all_referents, _contents):
+            found.append(each._end)
+            if len(found) == len(ends):
+                break
     except _AnythingReachable:
         return ends
-    return list(found.values())
+    return [end for end in ends if any(end is each for each in found)]
+
+
+def _contents(kind: type) -> Iterable[Any]:
+    return (*vars(kind).values(), *kind.__bases__) if _is_the_users(kind.__module__) else ()
 
 
 def _all_referents(function: types.FunctionType) -> Iterator[Any]:
