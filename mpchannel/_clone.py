@@ -48,10 +48,11 @@ _KEEP_BELOW: Final = 1 << 20  # a pickler that made more keeps buffers of that s
 
 
 class Pickled(NamedTuple):
-    """A pickle in pieces, and the buffers that stayed out of it."""
+    """A pickle in pieces, the buffers that stayed out of it, and the transferables it refers to."""
 
     chunks: Sequence[Any]
     buffers: Sequence[memoryview]
+    objects: Sequence[Transferable] = ()
 
 
 class Entry(NamedTuple):
@@ -96,6 +97,12 @@ class Transferable:
     __slots__ = ()
 
     _code: ClassVar[int]
+    _shared: ClassVar[bool] = False
+    """Whether it is never listed and always found: a copy goes with the message, and this object stays usable."""
+    _never_copied: ClassVar[str] = (
+        "moves, it is never copied: list it in post_message(..., transfer=[...]), "
+        "or give it to a Process as an argument"
+    )
 
     @property
     def _channel(self) -> bytes:
@@ -128,10 +135,7 @@ class Transferable:
     def __reduce_ex__(self, protocol: Any) -> Any:
         moving: Moving | None = _here.packing
         if moving is None:
-            raise TypeError(
-                f"a {type(self).__name__} moves, it is never copied: list it in post_message(..., transfer=[...]), "
-                "or give it to a Process as an argument"
-            )
+            raise TypeError(f"a {type(self).__name__} {self._never_copied}")
         return _arrived, (moving.place(self),)
 
 
@@ -144,19 +148,23 @@ def register(kind: type[Transferable]) -> None:
 
 
 class Moving:
-    """The transferables of one message. *listed*: only these may be in it; ``None``: all that are found move."""
+    """The transferables of one message. *listed*: only these may move with it; ``None``: all that are found do."""
 
-    __slots__ = ("explicit", "objects")
+    __slots__ = ("explicit", "listed", "objects")
 
     def __init__(self, listed: Sequence[Transferable] | None) -> None:
         self.explicit = listed is not None
-        self.objects = list(listed or ())
+        self.listed = listed or ()
+        self.objects = list(self.listed)
+
+    def forget_found(self) -> None:
+        self.objects[:] = self.listed
 
     def place(self, found: Transferable) -> int:
         for place, each in enumerate(self.objects):
             if each is found:
                 return place
-        if self.explicit:
+        if self.explicit and not found._shared:
             raise DataCloneError(f"{found!r} is in the message but not in the transfer list; add it to transfer=[...]")
         self.objects.append(found)
         return len(self.objects) - 1
@@ -353,15 +361,19 @@ def pack(message: Any, moving: Moving | None = None) -> bytes | Pickled:
     except Exception as error:
         if not _is_the_messages_own(error):
             raise
+        moving = moving or Moving(())
+        moving.forget_found()
         packer = _pack_with_care(message, moving)
-        return Pickled(packer.chunks, packer.buffers)
+        return Pickled(packer.chunks, packer.buffers, moving.objects)
     packer.clear()
     if len(packer.chunks) == 1 and not packer.buffers:
         data: bytes = packer.chunks.pop()
         if len(data) < _KEEP_BELOW:
             _free.append(packer)
-        return data
-    return Pickled(packer.chunks, packer.buffers)
+        if moving is None or not moving.objects:
+            return data
+        return Pickled((data,), (), moving.objects)
+    return Pickled(packer.chunks, packer.buffers, moving.objects if moving else ())
 
 
 def _dump(packer: _Packer, message: Any, moving: Moving) -> None:
@@ -372,9 +384,9 @@ def _dump(packer: _Packer, message: Any, moving: Moving) -> None:
         _here.packing = outer
 
 
-def _pack_with_care(message: Any, moving: Moving | None) -> _Packer:
+def _pack_with_care(message: Any, moving: Moving) -> _Packer:
     """After a plain pickler failed: with the transferables that were found, then by value, then the path to why."""
-    if moving is not None and not moving.explicit:
+    if not moving.listed:
         packer = _plain_packer()
         try:
             _dump(packer, message, moving)
@@ -382,12 +394,12 @@ def _pack_with_care(message: Any, moving: Moving | None) -> _Packer:
         except Exception as error:
             if not _is_the_messages_own(error):
                 raise
-            moving.objects.clear()
+            moving.forget_found()
     prepare()
     assert _by_value_packer is not None
     packer = _by_value_packer()
     try:
-        _dump(packer, message, moving or Moving(()))
+        _dump(packer, message, moving)
     except Exception as error:
         if not _is_the_messages_own(error):
             raise
@@ -403,7 +415,7 @@ def _pack_with_care(message: Any, moving: Moving | None) -> _Packer:
 
 def assemble(pickled: bytes | Pickled, entries: Sequence[Entry] = ()) -> tuple[Sequence[Any], int]:
     """The packet in pieces, and its size."""
-    chunks, buffers = ((pickled,), ()) if isinstance(pickled, bytes) else pickled
+    chunks, buffers = ((pickled,), ()) if isinstance(pickled, bytes) else pickled[:2]
     size = sum(map(len, chunks))
     if not entries and not buffers:
         return chunks, size
@@ -498,7 +510,7 @@ def unpack(parcel: Parcel) -> tuple[Any, tuple[Any, ...]]:
         pickle_, buffers = _open(body, descriptors, arrived)
         outer, _here.arriving = _here.arriving, arrived
         try:
-            return loads(pickle_, buffers=buffers), tuple(arrived)
+            return loads(pickle_, buffers=buffers), tuple(each for each in arrived if not each._shared)
         finally:
             _here.arriving = outer
     except BaseException as error:
@@ -588,10 +600,10 @@ def _is_the_messages_own(error: BaseException) -> bool:
     return True
 
 
-def _why_not(moving: Moving | None, value: Any) -> Exception | None:
+def _why_not(moving: Moving, value: Any) -> Exception | None:
     """Why *value*, a part of a message, cannot be pickled; ``None`` if it can."""
     assert _by_value_packer is not None
-    allowed = Moving(None) if moving is not None and not moving.explicit else Moving(moving.objects if moving else ())
+    allowed = Moving(moving.listed if moving.explicit else None)
     try:
         _dump(_by_value_packer(), value, allowed)
     except Exception as error:

@@ -14,23 +14,27 @@ import multiprocessing.connection as stdlib
 import multiprocessing.reduction
 from _thread import _count as other_threads
 from multiprocessing import BufferTooShort
-from typing import Any, NoReturn, Self, final
+from typing import Any, Self, final
 
 from . import _kernel
 from ._clone import (
     Departure,
+    Entry,
     Moving,
+    Transferable,
     assemble,
     loads,
     pack,
     pack_bytes,
     post_moving,
     prepare,
+    register,
     transferables,
     unpack,
     unpack_bytes,
 )
 from ._end import Buffer, Hand, spare_buffers
+from ._kernel import Descriptors
 from ._shared import SharedEnd, open_shared_pair
 from ._wire import End, Parcel
 from .channel import wait
@@ -47,7 +51,7 @@ def __getattr__(name: str) -> Any:
 
 
 @final
-class Connection(stdlib.Connection):
+class Connection(Transferable, stdlib.Connection):
     """One end of a ``Pipe()``: ``multiprocessing.connection.Connection``, over packets."""
 
     _end: SharedEnd
@@ -109,11 +113,34 @@ class Connection(stdlib.Connection):
         state = f"fd {self._end.fileno()}, {ways}" if self._end.open else "closed"
         return f"<{type(self).__module__}.{type(self).__qualname__}, {state}>"
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "a Connection is pickled only on its way to another process: give it to a Process as an argument, "
-            "or send it through a Queue, a Connection or a port"
-        )
+    # In messages of our own links: a copy of the descriptor goes along.
+
+    _code = 2
+    _shared = True
+    _never_copied = (
+        "is pickled only on its way to another process: give it to a Process as an argument, "
+        "or send it through a Queue, a Connection or a port"
+    )
+
+    def _locks(self) -> list[tuple[int, int, Any]]:
+        return [(id(self._end), 1, self._end.sending)]
+
+    def _check_movable(self, name: str) -> None:
+        if not self._end.open:
+            raise DataCloneError(f"{name} is a closed Connection") from OSError("handle is closed")
+
+    def _pack_up(self) -> Entry:
+        return Entry(self._code, bytes((self._readable, self._writable)), (self._end.share(),))
+
+    def _left(self, departure: Departure, pid: int | None, *, lost: bool = False) -> None:
+        pass  # this copy stays
+
+    @classmethod
+    def _arrive(cls, luggage: memoryview, descriptors: Descriptors) -> Self:
+        return cls._of(SharedEnd(descriptors.claim_socket(), shared=True), bool(luggage[0]), bool(luggage[1]))
+
+    def _undelivered(self) -> None:
+        self.close()
 
     # Sending
 
@@ -126,14 +153,16 @@ class Connection(stdlib.Connection):
         moving = Moving(None)
         try:
             data = pack(obj, moving)
-        except DataCloneError as error:
-            raise _as_raised(error) from None
-        if moving.objects:
             for place, each in enumerate(moving.objects):
                 each._check_movable(f"port {place} in the message")
+        except DataCloneError as error:
+            raise _as_raised(error) from None
+        if type(data) is bytes:
+            accepted = end.post(data)
+        elif moving.objects:
             accepted = post_moving(end, data, moving.objects, Departure(f"sent through {self!r}"))
         else:
-            accepted = end.post(data) if type(data) is bytes else end.post_parts(*assemble(data))
+            accepted = end.post_parts(*assemble(data))
         if not accepted:
             raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
@@ -258,3 +287,4 @@ def _rebuild(copy: Any, readable: bool, writable: bool) -> Connection:
 
 
 multiprocessing.reduction.register(Connection, _reduce)
+register(Connection)

@@ -96,13 +96,13 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
         """
         if transfer is _NO_TRANSFER and self._limit is None:
             data = pack(message)
-            return self._link.post(data) if type(data) is bytes else self._link.post_parts(*assemble(data))
+            return self._link.post(data) if type(data) is bytes else self._post(data)
         listed = () if transfer is None else self._check_list(transfer)
-        if listed:
-            return self._move(pack(message, Moving(listed)), listed, "posted")
-        return self._post(pack(message))
+        return self._post(pack(message, Moving(listed) if listed else None))
 
-    def _post(self, data: bytes | Pickled) -> bool:
+    def _post(self, data: bytes | Pickled, how: str = "posted") -> bool:
+        if isinstance(data, Pickled) and data.objects:
+            return self._move(data, data.objects, how)
         if type(data) is bytes:
             if self._limit is not None:
                 self._check_room(len(data))
@@ -126,6 +126,8 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
                 raise DataCloneError(f"{name} is the port that posts: a port cannot be sent through itself")
             if not isinstance(each, Transferable):
                 raise DataCloneError(f"{name} is {each!r}, which cannot be transferred; only ports can")
+            if each._shared:
+                raise DataCloneError(f"{name} is {each!r}: a copy goes with the message by itself; do not list it")
             if any(each is other for other in listed[:place]):
                 raise DataCloneError(f"{name} is listed twice: {each!r}")
             each._check_movable(name)
@@ -137,7 +139,7 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
             warnings.warn(
                 f"{self!r} posts its own other end: the message is lost and the channel is closed",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         return post_moving(
             self._link,
@@ -347,14 +349,11 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
         """``Connection.send``: ports found in *obj* move. Raises ``OSError`` on a channel that is closed."""
         moving = Moving(None)
         data = pack(obj, moving)
-        if moving.objects:
-            for place, each in enumerate(moving.objects):
-                if each is self:
-                    raise DataCloneError(f"{self!r} cannot be sent through itself")
-                each._check_movable(f"port {place} in the message")
-            accepted = self._move(data, moving.objects, "sent")
-        else:
-            accepted = self._post(data)
+        for place, each in enumerate(moving.objects):
+            if each is self:
+                raise DataCloneError(f"{self!r} cannot be sent through itself")
+            each._check_movable(f"port {place} in the message")
+        accepted = self._post(data, "sent")
         self._check_sent(accepted)
 
     def send_bytes(self, buf: Any, offset: int = 0, size: int | None = None) -> None:

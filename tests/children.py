@@ -1098,6 +1098,12 @@ def make_one_pair_and_talk(results: Any) -> None:
     results.send(other.recv())
 
 
+def make_a_pipe_and_send_it_away(port: Port, connection: Any) -> None:
+    one, other = mpchannel.Pipe()
+    port.post_message(one)
+    connection.send(other)
+
+
 GLOBAL_PIPE: list[Any] = []  # filled by a test before it forks
 
 

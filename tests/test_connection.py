@@ -186,6 +186,70 @@ def test_ports_move_through_a_connection_and_connections_through_a_port(pipe: En
     arrived.close()
 
 
+def test_a_connection_in_a_message_is_shared_and_survives_its_sender(context: Any) -> None:
+    port, theirs = mpchannel.MessageChannel()
+    one, other = Pipe()
+    with running(context.Process(target=children.make_a_pipe_and_send_it_away, args=(theirs, one))):
+        pass  # its sender is gone
+    first, second = port.recv(20), other.recv()
+    first.send("through what came by a port")
+    assert second.recv() == "through what came by a port"
+    second.close()
+    with pytest.raises(EOFError):
+        first.recv()
+    first.close()
+    port.close()
+    one.close()
+    other.close()
+
+
+@pytest.mark.parametrize("door", ["post_message", "post_message with a port", "send", "Connection.send"])
+def test_both_copies_of_a_connection_in_a_message_are_usable(pipe: Ends, door: str) -> None:
+    one, other = pipe
+    port1, port2 = mpchannel.MessageChannel()
+    extra, moving = mpchannel.MessageChannel()
+    carrier = Pipe()
+    message = {"an end": other, "again": [other]}
+    if door == "Connection.send":
+        carrier[0].send(message)
+        got = carrier[1].recv()
+    else:
+        if door == "send":
+            port1.send(message)
+        else:
+            port1.post_message(message, [moving] if "with" in door else ())
+        event = port2.receive(20)
+        got = event.data
+        assert len(event.ports) == ("with" in door)
+        for each in event.ports:
+            each.close()
+    arrived = got["an end"]
+    assert got["again"] == [arrived]
+    assert arrived is not other
+    arrived.send("by the copy")
+    other.send("by the first")
+    assert [one.recv(), one.recv()] == ["by the copy", "by the first"]
+    arrived.close()
+    assert not one.poll(0)
+    for each in (port1, port2, extra, moving, *carrier):
+        each.close()
+
+
+def test_a_connection_is_not_listed_and_a_closed_one_not_sent(pipe: Ends) -> None:
+    port1, port2 = mpchannel.MessageChannel()
+    with port1, port2:
+        with pytest.raises(mpchannel.DataCloneError, match="do not list it"):
+            port1.post_message(1, [pipe[0]])
+        pipe[0].close()
+        with pytest.raises(mpchannel.DataCloneError, match="is a closed Connection"):
+            port1.post_message([pipe[0]])
+        with pytest.raises(OSError, match="handle is closed"):
+            pipe[1].send([pipe[0]])
+        assert not port2.poll()
+        assert port1.post_message("goes on")
+        assert port2.recv(20) == "goes on"
+
+
 # Never waiting
 
 
