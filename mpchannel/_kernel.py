@@ -665,6 +665,16 @@ class Memory(_File):
     def seal(self, seals: int) -> None:
         fcntl.fcntl(self._number, fcntl.F_ADD_SEALS, seals)
 
+    def lock(self, on: bool) -> bool:
+        """Lock it against other processes, and their threads only; without waiting: ``False`` if another has."""
+        try:
+            fcntl.lockf(self._number, fcntl.LOCK_EX | fcntl.LOCK_NB if on else fcntl.LOCK_UN)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            return False
+        return True
+
     def sealed(self, seals: int) -> bool:
         """Whether all of *seals* are set (never on what is no memory at all)."""
         try:

@@ -286,6 +286,10 @@ class Inbox:
     def inode(self) -> int:
         return self._inode
 
+    def lock(self, on: bool) -> bool:
+        """Lock the file against the other processes that read it: ``False`` if one of them has."""
+        return self._memory.lock(on)
+
     def wind(self) -> None:
         """Go to where the last of those left off who share the file."""
         self.at = self._memory.offset

@@ -10,8 +10,9 @@ sees the end of file when the last copy is closed.
     posting   a file is continued only by the process that began it, and only if no other posted in between: the end's
               owner (``F_SETOWN``, kept by the kernel with the open socket) says who that is
 
-House rules: the processes take turns, under a lock of the user's, as the standard library demands of them. Threads need
-not. An exception of a signal handler may cost the message it comes upon, as it does there.
+House rules: receiving processes take turns, under a lock of the user's, and sending ones too, as the standard library
+demands; ``poll`` needs none. Threads need not take turns. An exception of a signal handler may cost the message it
+comes upon, as it does there.
 """
 
 from __future__ import annotations
@@ -219,8 +220,14 @@ class SharedEnd(SocketEnd):
         sock = self._socket()
         if not inbox.exhausted(linger=linger, writer_gone=not linger and hung_up(sock)):
             return False
-        if self._look() == (ANNOUNCE, inbox.inode):
-            deque(taking_off(sock), 0)
+        # Other processes may poll meanwhile, without the lock that the user's receivers have, and find the same.
+        if not inbox.lock(True):
+            return False
+        try:
+            if self._look() == (ANNOUNCE, inbox.inode):
+                deque(taking_off(sock), 0)
+        finally:
+            inbox.lock(False)
         self._inbox = None
         return True
 

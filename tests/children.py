@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mpchannel
+from mpchannel import _shared
 
 Port = mpchannel.MessagePort[Any, Any]
 
@@ -1152,3 +1153,17 @@ def identity(thing: Any) -> Any:
 
 def post_pid_on(port: Port) -> None:
     port.post_message(os.getpid())
+
+
+def poll_slowly(connection: Any, gate: Port) -> None:
+    """Poll without a lock until told to stop, with time between seeing that a file was read and leaving it."""
+    real = _shared.taking_off
+
+    def slow(sock: Any) -> Any:
+        time.sleep(random.random() * 0.004)
+        return real(sock)
+
+    _shared.taking_off = slow
+    gate.post_message("ready")
+    while not gate.poll():
+        connection.poll(0)

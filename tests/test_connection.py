@@ -492,6 +492,19 @@ def test_processes_that_take_turns_at_one_end_receive_each_message_once_and_in_o
         each.close()
 
 
+def test_a_process_may_poll_without_the_lock_of_those_that_receive(pipe: Ends) -> None:
+    one, other = pipe
+    gate, held = mpchannel.MessageChannel()
+    with running(mpchannel.get_context("fork").Process(target=children.poll_slowly, args=(other, held))):
+        assert gate.recv(20) == "ready"
+        for start in range(0, 100_000, 400):
+            for number in range(start, start + 400):  # more than the socket holds
+                one.send(number)
+            assert [other.recv() for _ in range(400)] == list(range(start, start + 400))
+        gate.post_message("stop")
+    gate.close()
+
+
 def test_eof_comes_although_siblings_live_that_were_forked_meanwhile(context: Any) -> None:
     one, other = context.Pipe()
     gate, held = mpchannel.MessageChannel()
