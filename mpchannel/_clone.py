@@ -482,7 +482,7 @@ def post_moving(
 
 def pack_bytes(data: memoryview) -> tuple[Sequence[Any], int]:
     """A packet of bytes as they are: what looks like a pickle goes as one, as multiprocessing's connections have it."""
-    if data.nbytes and data[0] == PICKLE:
+    if data.nbytes and data[0] == PICKLE and data[-1] == pickle.STOP[0]:
         return (data,), data.nbytes
     return (_RAW_HEAD.pack(_RAW, data.nbytes), data), _RAW_HEAD.size + data.nbytes
 

@@ -11,11 +11,14 @@ House rule: only looks; runs no code of the user's.
 
 from __future__ import annotations
 
+import contextvars
 import gc
 import multiprocessing.process
 import multiprocessing.queues
+import signal
 import sys
 import sysconfig
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -85,7 +88,8 @@ def _referents(function: types.FunctionType) -> Iterator[Any]:
             yield function.__globals__.get(name)
 
 
-_DYNAMIC: Final = {"eval", "exec", "globals", "modules"}  # code that names these may reach anything
+# Code that names these may reach anything. (So may ``getattr``; but it is everywhere, and rarely asked for one of these.)
+_DYNAMIC: Final = {"eval", "exec", "globals", "modules", "__import__", "import_module"}
 _INSTALLED: Final = tuple({path + "/" for name, path in sysconfig.get_paths().items() if name.endswith("lib")})
 
 
@@ -105,17 +109,33 @@ def connections_in_use(process: multiprocessing.process.BaseProcess, ends: list[
         return ends
     found: list[SharedEnd] = []
     try:
-        for each in _reached(Connection, [type(process), *vars(process).values()], _all_referents, _contents):
+        for each in _reached(
+            Connection, [type(process), *vars(process).values(), *_roots()], _all_referents, _contents
+        ):
             found.append(each._end)
             if len(found) == len(ends):
                 break
     except _AnythingReachable:
         return ends
-    return [end for end in ends if any(end is each for each in found)]
+    reached = {id(end) for end in found}
+    return [end for end in ends if id(end) in reached]
+
+
+def _roots() -> Iterator[Any]:
+    """What code reaches without naming it: hooks and streams, handlers of signals and of logs, this thread."""
+    things = [sys.stdin, sys.stdout, sys.stderr, sys.excepthook, threading.current_thread()]
+    things += map(signal.getsignal, signal.valid_signals())
+    things += contextvars.copy_context().values()
+    logging = sys.modules.get("logging")
+    if logging is not None:
+        things += (each() for each in logging._handlerList)
+    for each in things:
+        if isinstance(each, (types.FunctionType, types.MethodType)) or _is_the_users(type(each).__module__):
+            yield each
 
 
 def _contents(kind: type) -> Iterable[Any]:
-    return (*vars(kind).values(), *kind.__bases__) if _is_the_users(kind.__module__) else ()
+    return (*vars(kind).values(), *kind.__bases__) if _is_the_users(vars(kind).get("__module__")) else ()
 
 
 def _all_referents(function: types.FunctionType) -> Iterator[Any]:
@@ -125,13 +145,25 @@ def _all_referents(function: types.FunctionType) -> Iterator[Any]:
     names = set(_names(function.__code__))
     if not names.isdisjoint(_DYNAMIC):
         raise _AnythingReachable
+    modules: list[types.ModuleType] = []
     for name in names:
         value = function.__globals__.get(name, sys.modules.get(name))
         if isinstance(value, types.ModuleType):
-            if _is_the_users(value.__name__):
-                yield from (vars(value)[each] for each in names & vars(value).keys())
+            modules.append(value)
         else:
             yield value
+    seen: set[int] = set()
+    while modules:
+        module = modules.pop()
+        if id(module) in seen or not _is_the_users(module.__name__):
+            continue
+        seen.add(id(module))
+        for name in names & vars(module).keys():
+            value = vars(module)[name]
+            if isinstance(value, types.ModuleType):
+                modules.append(value)
+            else:
+                yield value
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
@@ -141,9 +173,9 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield from _names(each)
 
 
-def _is_the_users(module: str | None) -> bool:
+def _is_the_users(module: Any) -> bool:
     """Whether a module is neither the standard library's nor installed."""
-    if module is None:
+    if not isinstance(module, str):
         return False
     if module in ("__main__", "__mp_main__"):
         return True

@@ -238,11 +238,14 @@ def adopt_socket(number: int) -> Socket:
 def is_packet_socket(number: int) -> bool:
     """Whether a descriptor is a socket of the kind that is made here."""
     try:
+        blocking = os.get_blocking(number)
         sock = socket.socket(fileno=number)
     except OSError:
         return False
     kind = sock.family, sock.type, sock.proto
     sock.detach()
+    if blocking:  # with a socket.setdefaulttimeout() it is not any more
+        os.set_blocking(number, True)
     return kind == _kind()
 
 

@@ -101,8 +101,8 @@ class Connection(Transferable, stdlib.Connection):
         self._end.close()
 
     def fileno(self) -> int:
-        """The descriptor to wait on; not to be read from."""
-        return self._end.fileno()
+        """The descriptor to wait on; not to be read from. (A copy of it is one more holder of this end.)"""
+        return self._end.share()
 
     @property
     def closed(self) -> bool:

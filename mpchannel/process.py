@@ -22,7 +22,7 @@ from . import _clone
 from ._delivery import say_goodbye
 from ._given import given_ports
 from .queues import carry_by_value
-from .reduction import accept_arrivals, expect_arrivals, lose_arrivals, starts_failed
+from .reduction import accept_arrivals, expect_arrivals, expecting_arrivals, lose_arrivals, starts_failed
 
 __all__ = ["BaseProcess", "active_children", "current_process", "parent_process"]
 
@@ -61,6 +61,7 @@ class BaseProcess(stdlib.BaseProcess):
             raise
 
     def _bootstrap(self, *args: Any, **options: Any) -> int:
+        _started()
         try:
             code: int = super()._bootstrap(*args, **options)  # type: ignore[misc]
             return code
@@ -86,11 +87,16 @@ def begin_in_child(name: str) -> None:
 def _load(data: bytes) -> BaseProcess:
     """In the child: what ``__reduce_ex__`` packed."""
     process: BaseProcess = _clone.loads(data)
+    _started()
+    return process
+
+
+def _started() -> None:
+    """In the child: all was loaded."""
     hook = sys.excepthook
     if isinstance(hook, partial) and hook.func is _cannot_start:
         sys.excepthook = hook.args[1]
     accept_arrivals()
-    return process
 
 
 def _cannot_start(
@@ -101,6 +107,9 @@ def _cannot_start(
     trace: TracebackType | None,
 ) -> None:
     """The exception hook of a child that has not loaded its process object yet."""
+    if not expecting_arrivals():  # somebody kept this hook, and calls it later
+        before(kind, error, trace)
+        return
     sys.excepthook = before
     lose_arrivals()
     error.add_note(

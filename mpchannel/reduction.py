@@ -185,6 +185,10 @@ def expect_arrivals() -> None:
     _arrivals = []
 
 
+def expecting_arrivals() -> bool:
+    return _arrivals is not None
+
+
 def accept_arrivals() -> None:
     """All was loaded."""
     global _arrivals
@@ -231,14 +235,13 @@ def _before_fork() -> None:
         _delivery.before_fork()
         _clone.know_classes()
         starting = _forking_popen()
-        ends = open_shared_ends()
-        if starting is not None:
-            ends = connections_in_use(starting[1], ends)
-            if open_links():
-                _lend_given(*starting)
-        _kept_by_fork[threading.get_ident()] = ends
+        _kept_by_fork[threading.get_ident()] = ends = open_shared_ends()  # all, should the next line fail
         for end in ends:
             end.shared = True
+        if starting is not None:
+            _kept_by_fork[threading.get_ident()] = connections_in_use(starting[1], ends)
+            if open_links():
+                _lend_given(*starting)
     finally:
         _kernel.crossing.acquire()
 
@@ -263,13 +266,13 @@ def _after_fork_in_child() -> None:
     _kernel.crossing.release()  # this thread holds it here as well
     given = _given_by_fork.pop(threading.get_ident(), [])
     _given_by_fork.clear()
-    kept = _kept_by_fork.pop(threading.get_ident(), [])
+    kept = {id(end) for end in _kept_by_fork.pop(threading.get_ident(), ())}
     _kept_by_fork.clear()
     _starts.clear()
     _delivery.after_fork_in_child()
     _sort_out(begin_in_child(), given)
     for end in open_shared_ends():
-        if any(end is each for each in kept):
+        if id(end) in kept:
             end.go_on_in_child()
         else:
             end.stay_behind(_NOT_GIVEN)

@@ -11,6 +11,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ START_METHODS = ("fork", "spawn", "forkserver")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # run in the background; programs under test inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "row(*ids): the rows of the behaviour tables that a test stands for")
     config.addinivalue_line("markers", "leaves(why): uses what stays until the process ends")
 
