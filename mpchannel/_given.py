@@ -88,7 +88,7 @@ def _referents(function: types.FunctionType) -> Iterator[Any]:
             yield function.__globals__.get(name)
 
 
-# Code that names these may reach anything. (``getattr`` may too; but it is everywhere, and rarely reaches one of these.)
+# Code that names these may reach anything. (``getattr`` may too; but it is everywhere, and rarely does.)
 _DYNAMIC: Final = {"eval", "exec", "globals", "modules", "__import__", "import_module"}
 _INSTALLED: Final = tuple({path + "/" for name, path in sysconfig.get_paths().items() if name.endswith("lib")})
 
