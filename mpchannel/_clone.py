@@ -24,6 +24,7 @@ from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from multiprocessing import BufferTooShort
 from multiprocessing.reduction import ForkingPickler
 from types import FunctionType
 from typing import Any, ClassVar, Final, NamedTuple, Self
@@ -570,6 +571,22 @@ def unpack_bytes(body: memoryview) -> memoryview:
     if next(buffers, None) is not None:
         pickle_ = memoryview(ForkingPickler.dumps(unpack(Parcel(body, Descriptors()))[0]))
     return memoryview(pickle_)
+
+
+def receive_into(buf: Any, offset: int, receive: Callable[[], bytes]) -> int:
+    """Put what *receive* gives into a writable buffer, from *offset* on; its size. Raises ``ValueError`` before
+    anything is received, ``BufferTooShort`` with the bytes in it. (``Connection.recv_bytes_into``.)
+    """
+    with memoryview(buf) as view, view.cast("B") as room:
+        if offset < 0:
+            raise ValueError("negative offset")
+        if offset > len(room):
+            raise ValueError("offset too large")
+        data = receive()
+        if len(data) > len(room) - offset:
+            raise BufferTooShort(data)
+        room[offset : offset + len(data)] = data
+        return len(data)
 
 
 def message_error(error: BaseException, packet: Buffer | memoryview | Parcel) -> MessageError | None:

@@ -13,7 +13,6 @@ import io
 import multiprocessing.connection as stdlib
 import multiprocessing.reduction
 from _thread import _count as other_threads
-from multiprocessing import BufferTooShort
 from typing import Any, Self, final
 
 from . import _kernel
@@ -28,6 +27,7 @@ from ._clone import (
     pack_bytes,
     post_moving,
     prepare,
+    receive_into,
     register,
     transferables,
     unpack,
@@ -218,16 +218,7 @@ class Connection(Transferable, stdlib.Connection):
         """Receive bytes into a writable buffer, from *offset* on; how many. ``BufferTooShort`` has them if it is."""
         self._check_closed()
         self._check_readable()  # type: ignore[attr-defined]
-        with memoryview(buf) as view, view.cast("B") as room:
-            if offset < 0:
-                raise ValueError("negative offset")
-            if offset > len(room):
-                raise ValueError("offset too large")
-            data = self._next_bytes()
-            if len(data) > len(room) - offset:
-                raise BufferTooShort(data)
-            room[offset : offset + len(data)] = data
-            return len(data)
+        return receive_into(buf, offset, self._next_bytes)
 
     def _recv_bytes(self, maxsize: int | None = None) -> io.BytesIO | None:
         # Not used here; programs reach for it in the standard library's.

@@ -21,7 +21,6 @@ import time
 import warnings
 from _thread import _count as other_threads
 from collections.abc import Callable, Iterable, Sequence
-from multiprocessing import BufferTooShort
 from typing import Any, Final, Generic, Self, TypeVar
 
 from ._clone import (
@@ -34,6 +33,7 @@ from ._clone import (
     pack,
     pack_bytes,
     post_moving,
+    receive_into,
     register,
     transferables,
     unpack_bytes,
@@ -388,16 +388,7 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
 
     def recv_bytes_into(self, buf: Any, offset: int = 0) -> int:
         """``Connection.recv_bytes_into``: raises ``BufferTooShort``, with the message in it, if *buf* is too small."""
-        view = memoryview(buf).cast("B")
-        if offset < 0:
-            raise ValueError("negative offset")
-        if offset > len(view):
-            raise ValueError("offset too large")
-        data = self._next_bytes()
-        if len(data) > len(view) - offset:
-            raise BufferTooShort(data)
-        view[offset : offset + len(data)] = data
-        return len(data)
+        return receive_into(buf, offset, self._next_bytes)
 
     def _next_bytes(self) -> bytes:
         hand: Hand = []

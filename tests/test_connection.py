@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -156,6 +157,18 @@ def test_what_cannot_be_loaded_raises_the_very_error_and_the_next_message_comes(
     one.send("next")
     with pytest.raises(ModuleNotFoundError, match="no"):
         other.recv()
+    assert other.recv() == "next"
+
+
+@pytest.mark.parametrize("cut_off", [b"\x80", b"\x80\x04\x95"])
+def test_a_pickle_that_is_cut_off_is_an_error_and_not_the_message_before(pipe: Ends, cut_off: bytes) -> None:
+    one, other = pipe
+    one.send({"secret": 1})
+    assert other.recv() == {"secret": 1}
+    one.send_bytes(cut_off)
+    with pytest.raises((EOFError, pickle.UnpicklingError)):
+        other.recv()
+    one.send("next")
     assert other.recv() == "next"
 
 
@@ -563,6 +576,42 @@ def test_a_target_may_use_a_connection_that_it_finds_in_a_global(global_pipe: Co
         assert global_pipe.recv() == "by method"
     with running(context.Process(target=lambda: children.GLOBAL_PIPE[0].send("by a module's attribute"))):
         assert global_pipe.recv() == "by a module's attribute"
+
+
+class SendingHandler(logging.Handler):
+    def __init__(self, connection: Connection) -> None:
+        super().__init__()
+        self.connection = connection
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.connection.send(record.getMessage())
+
+
+def log_something() -> None:
+    logging.getLogger("of this test").warning("through a log handler")
+
+
+def test_a_target_may_log_to_a_handler_that_holds_a_connection(pipe: Ends) -> None:
+    one, other = pipe
+    handler = SendingHandler(other)
+    logging.getLogger("of this test").addHandler(handler)
+    try:
+        with running(mpchannel.get_context("fork").Process(target=log_something)):
+            assert one.poll(20)
+            assert one.recv() == "through a log handler"
+    finally:
+        logging.getLogger("of this test").removeHandler(handler)
+
+
+def test_an_argument_of_an_odd_class_costs_the_child_no_connection(pipe: Ends) -> None:
+    odd = eval("type('Odd', (), {})", {"__builtins__": {"type": type}})  # it has no __module__
+    one, other = pipe
+    process = mpchannel.get_context("fork").Process(
+        target=lambda connection, _: connection.send(2), args=(other, odd())
+    )
+    with running(process):
+        assert one.poll(20)
+        assert one.recv() == 2
 
 
 def test_a_pools_workers_keep_what_their_tasks_may_use(global_pipe: Connection) -> None:
