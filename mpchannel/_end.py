@@ -243,6 +243,8 @@ class SocketEnd:
                         self._waiting = True
                         os.sched_yield()
                         self._waiting = False
+                        if time.perf_counter() > until:
+                            return False
                         continue
                     memory = Memory.create()
                     memory.write(parts)

@@ -56,7 +56,7 @@ class BaseProcess(stdlib.BaseProcess):
             port._check_movable("an argument of the process")
         try:
             super().start()
-        except BaseException:
+        except BaseException:  # whatever it is, Ctrl-C too: the ports stay here, and it goes on its way
             starts_failed()
             raise
 
