@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any
 
 
 class Finder(MetaPathFinder, Loader):
@@ -56,3 +57,20 @@ def submodule(package: str, name: str) -> ModuleType:
             if error.name != f"{package}.{name}":
                 raise
     raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+
+class AlsoTheirs(type):
+    """The class of a class of ours that stands for its base of the same name: what is an instance, or a subclass, of
+    that one counts as one of ours, whoever made it."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, _theirs(cls)) or super().__instancecheck__(instance)
+
+    def __subclasscheck__(cls, other: type) -> bool:
+        return issubclass(other, _theirs(cls)) or super().__subclasscheck__(other)
+
+
+def _theirs(cls: type) -> tuple[type, ...]:
+    if cls.__module__.partition(".")[0] != __package__:
+        return ()  # a class of the user's, derived from one of ours
+    return tuple(base for base in cls.__mro__ if base.__name__ == cls.__name__ and type(base) is type)

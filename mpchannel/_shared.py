@@ -66,13 +66,14 @@ def open_shared_ends() -> list[SharedEnd]:
 class SharedEnd(SocketEnd):
     """One end of a pipe, as a ``Connection`` sees it."""
 
-    __slots__ = ("__weakref__", "_inbox", "_stuck", "_why_closed", "shared")
+    __slots__ = ("__weakref__", "_inbox", "_overtaken", "_stuck", "_why_closed", "shared")
 
     def __init__(self, sock: Socket, *, shared: bool = False) -> None:
         super().__init__(sock)
         self.shared = shared  # another process may hold a copy
         self._inbox: Inbox | None = None  # the file that was announced when last looked at
         self._stuck = False  # its next record is not there as a whole
+        self._overtaken = False  # another copy of this end in this process began a file after this one
         self._why_closed = "handle is closed"
         self._sock = sock
         _ends[id(self)] = weakref.ref(self, _forgetter(id(self)))
@@ -94,20 +95,24 @@ class SharedEnd(SocketEnd):
             return super().post_parts(parts, size, numbers, sent)
 
     def _take_turn(self) -> None:
-        """If another process posted since this one began a file, or may have one open: that one is not continued."""
+        """If another copy was posted to since this one began a file, or may have one: that is not continued."""
         if not self.shared or self._sock is None:
             return
         owner = owner_of(self._sock)
         if self._outbox is not None:
-            if owner != os.getpid():
+            if owner != os.getpid() or self._overtaken:
                 self._leave_outbox()
-        elif owner and owner != os.getpid():
+        elif owner:
             set_owner(self._sock, 0)
 
     def _open_outbox(
         self, sock: Socket, first: tuple[Sequence[Any], int, Sequence[int]], sent: list[int] | None
     ) -> None:
         set_owner(sock, os.getpid())
+        self._overtaken = False
+        for end in open_shared_ends():
+            if end is not self and end._outbox is not None and end._sock is not None:
+                end._overtaken = end._overtaken or os.path.sameopenfile(end._sock.fileno(), sock.fileno())
         super()._open_outbox(sock, first, sent)
 
     def _send_described(

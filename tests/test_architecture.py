@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("reduction",),
     ("process",),
     ("context",),
-    ("sharedctypes",),
+    ("sharedctypes", "pool", "managers"),
     ("__init__",),
     ("demo",),
     ("bench",),

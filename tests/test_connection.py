@@ -9,8 +9,11 @@ import multiprocessing.connection
 import os
 import pickle
 import socket
+import subprocess
+import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -412,6 +415,16 @@ def test_a_descriptor_of_another_kind_makes_a_connection_of_the_standard_library
         assert one.recv() == "over a pipe"
 
 
+def test_a_default_timeout_for_sockets_changes_no_descriptor(pipe: Ends) -> None:
+    socket.setdefaulttimeout(5)
+    try:
+        with Connection(os.dup(pipe[0].fileno())) as copy:
+            assert type(copy) is Connection
+            assert os.get_blocking(copy.fileno())
+    finally:
+        socket.setdefaulttimeout(None)
+
+
 def test_nothing_is_left_of_a_thousand_pipes() -> None:
     for _ in range(1000):
         one, other = Pipe()
@@ -483,6 +496,32 @@ def test_processes_that_take_turns_at_one_end_send_in_the_order_of_their_turns(c
                 break
     assert got == list(range(4 * count))
     one.close()
+
+
+def test_two_copies_of_an_end_in_one_process_send_in_the_order_of_their_turns(pipe: Ends) -> None:
+    one, other = pipe
+    carrier, arrives = Pipe()
+    carrier.send(other)
+    copy = arrives.recv()
+    for number in range(2000):
+        (other, copy)[number // 300 % 2].send((number, bytes(2000)))
+    for each in (other, copy, carrier, arrives):
+        each.close()
+    assert [one.recv()[0] for _ in range(2000)] == list(range(2000))
+
+
+def test_an_end_passed_by_its_number_is_shared(pipe: Ends) -> None:
+    one, other = pipe
+    flood = "for n in range(600): end.send((n, bytes(2000)))"
+    script = (
+        "import sys; from mpchannel.connection import Connection; end = Connection(int(sys.argv[1])); " + "exec(%r)"
+    )
+    for _ in range(2):  # each of the two finds a file of the other's
+        for number in range(600):
+            other.send((number, bytes(2000)))
+        command = [sys.executable, "-c", script % flood, str(other.fileno())]
+        subprocess.run(command, pass_fds=[other.fileno()], check=True, timeout=60)
+    assert [one.recv()[0] for _ in range(2400)] == [*range(600)] * 4
 
 
 def test_processes_that_take_turns_at_one_end_receive_each_message_once_and_in_order(context: Any) -> None:
@@ -576,6 +615,23 @@ def test_a_target_may_use_a_connection_that_it_finds_in_a_global(global_pipe: Co
         assert global_pipe.recv() == "by method"
     with running(context.Process(target=lambda: children.GLOBAL_PIPE[0].send("by a module's attribute"))):
         assert global_pipe.recv() == "by a module's attribute"
+    package = types.ModuleType("package")
+    package.state = types.SimpleNamespace(connection=children.GLOBAL_PIPE[0])  # type: ignore[attr-defined]
+    package.inner = types.ModuleType("package.inner")  # type: ignore[attr-defined]
+    package.inner.state = package.state  # type: ignore[attr-defined]
+    package.__file__ = package.inner.__file__ = __file__  # type: ignore[attr-defined]
+    sys.modules.update({"package": package, "package.inner": package.inner})  # type: ignore[attr-defined]
+    try:
+        with running(context.Process(target=send_through_a_module_of_a_module)):
+            assert global_pipe.recv() == "by a module of a module"
+    finally:
+        del sys.modules["package"], sys.modules["package.inner"]
+
+
+def send_through_a_module_of_a_module() -> None:
+    import package  # type: ignore[import-not-found]
+
+    package.inner.state.connection.send("by a module of a module")
 
 
 class SendingHandler(logging.Handler):

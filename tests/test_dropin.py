@@ -22,7 +22,7 @@ from . import children
 from .children import run_script, running
 
 SUBMODULES = sorted(each.name for each in pkgutil.iter_modules(multiprocessing.__path__) if "win32" not in each.name)
-OURS = {"connection", "context", "process", "queues", "reduction", "sharedctypes"}
+OURS = {"connection", "context", "process", "queues", "reduction", "sharedctypes", "pool", "managers"}
 
 
 # Promises
@@ -179,6 +179,59 @@ def test_locks_of_shared_values_are_of_the_default_context() -> None:
         """
     )
     assert (done.stdout, done.stderr) == ("[1, 1, 1]\n", "")
+
+
+def test_pools_and_managers_by_their_classes_are_of_the_default_context() -> None:
+    done = run_script(
+        """
+        import mpchannel, multiprocessing
+        from mpchannel.managers import BaseManager, SharedMemoryManager, SyncManager
+        from mpchannel.pool import Pool, ThreadPool
+
+        class Counter:
+            count = 0
+            def add(self):
+                self.count += 1
+                return self.count
+
+        class MyManager(BaseManager):
+            pass
+
+        MyManager.register("Counter", Counter)
+
+        if __name__ == "__main__":
+            mpchannel.set_start_method("spawn")
+            with Pool(1) as pool:
+                print(pool.apply(lambda: mpchannel.get_start_method()), type(pool._pool[0]).__name__)
+                pool.terminate()
+                pool.join()
+            with MyManager() as manager:
+                counter = manager.Counter()
+                counter.add()
+                print(counter.add(), type(manager._process).__name__)
+            with SyncManager() as manager:
+                print(manager.list([1, 2]), isinstance(manager, BaseManager), isinstance(manager, MyManager))
+            with SharedMemoryManager() as manager:
+                print(manager.ShareableList([3])[0])
+            with mpchannel.Pool(1) as pool, ThreadPool(1) as threads, mpchannel.Manager() as manager:
+                print([isinstance(each, Pool) for each in (pool, threads, manager)], issubclass(ThreadPool, Pool))
+                print([isinstance(manager, each) for each in (SyncManager, BaseManager, MyManager)])
+                for each in (pool, threads):
+                    each.terminate()
+                    each.join()
+            print(multiprocessing.get_start_method(allow_none=True))
+        """
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        "spawn SpawnProcess",
+        "2 SpawnProcess",
+        "[1, 2] True False",
+        "3",
+        "[True, True, False] True",
+        "[True, True, False]",
+        "None",
+    ]
 
 
 # What plain pickle cannot find at the receiver
@@ -350,6 +403,57 @@ def test_a_main_module_that_cannot_be_imported_again_is_one_readable_error(metho
     assert done.stderr.count("Traceback") == 1
     assert "ImportError: only once" in done.stderr
     assert 'if __name__ == "__main__":' in done.stderr
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_an_exception_hook_kept_from_the_start_does_not_blame_the_start(method: str) -> None:
+    done = run_script_file(
+        f"""
+        import mpchannel, sys
+
+        kept = sys.excepthook
+
+        def work():
+            try:
+                raise LookupError("much later")
+            except LookupError:
+                kept(*sys.exc_info())
+
+        if __name__ == "__main__":
+            process = mpchannel.get_context({method!r}).Process(target=work)
+            process.start()
+            process.join()
+            print(process.exitcode)
+        """
+    )
+    assert done.stdout == "0\n"
+    assert "LookupError: much later" in done.stderr
+    assert "could not start" not in done.stderr
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_process_class_may_say_itself_how_it_is_pickled(method: str) -> None:
+    done = run_script_file(
+        f"""
+        import mpchannel
+
+        context = mpchannel.get_context({method!r})
+
+        class Odd(context.Process):
+            def run(self):
+                print(self.word, self._args[0](), flush=True)
+
+            def __reduce_ex__(self, protocol):
+                self.word = "reduced"
+                return super().__reduce_ex__(protocol)
+
+        if __name__ == "__main__":
+            process = Odd(args=(lambda: "by value",))
+            process.start()
+            process.join()
+        """
+    )
+    assert (done.stdout, done.stderr) == ("reduced by value\n", "")
 
 
 def test_a_script_without_a_guard_is_told_so_and_ends() -> None:
