@@ -9,6 +9,7 @@ port, channel           MessagePort, MessageChannel
 connection              Pipe, Connection
 reduction, process,     how ports get into other processes; the standard library's processes and contexts
 context
+worker                  Worker, parent_port, worker_data
 _forward                the rest of multiprocessing
 """
 
@@ -20,9 +21,19 @@ from typing import Any
 from . import _forward
 from .channel import MessageChannel, receive_message_on_port, wait
 from .context import default_context, get_context
-from .errors import BufferFull, ChannelError, DataCloneError, MessageError, PortClosedError, PortDetachedError
-from .events import CloseEvent, MessageErrorEvent, MessageEvent
+from .errors import (
+    BufferFull,
+    ChannelError,
+    DataCloneError,
+    MessageError,
+    PortClosedError,
+    PortDetachedError,
+    RemoteError,
+    WorkerStartError,
+)
+from .events import CloseEvent, ErrorEvent, ExitEvent, MessageErrorEvent, MessageEvent
 from .port import MessagePort
+from .worker import Worker, parent_port, worker_data
 
 __version__ = "0.1.0"
 
@@ -37,6 +48,8 @@ __all__ = [
     "ChannelError",
     "CloseEvent",
     "DataCloneError",
+    "ErrorEvent",
+    "ExitEvent",
     "MessageChannel",
     "MessageError",
     "MessageErrorEvent",
@@ -44,9 +57,14 @@ __all__ = [
     "MessagePort",
     "PortClosedError",
     "PortDetachedError",
+    "RemoteError",
+    "Worker",
+    "WorkerStartError",
     "get_context",
+    "parent_port",
     "receive_message_on_port",
     "wait",
+    "worker_data",
 ]
 __all__ += [name for name in _forwarded if name not in __all__]
 

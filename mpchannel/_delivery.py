@@ -239,6 +239,10 @@ class _DeliveryThread:
             _await_end_of(thread)
 
     @property
+    def running(self) -> bool:
+        return self._thread is not None
+
+    @property
     def stopped(self) -> bool:
         return self._stopping
 

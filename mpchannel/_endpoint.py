@@ -23,13 +23,15 @@ import enum
 import os
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final, NoReturn, Self
 
 from ._clone import Departure, Entry, Transferable, loads, message_error, unpack
 from ._delivery import TURNS, Home, home, loop_home
 from ._end import Buffer, Hand, Taken, spare_buffers
-from ._kernel import Descriptors, Socket, exit_code
+from ._kernel import Bell, Descriptors, Socket, exit_code
 from ._link import Link, Loan, rest_if_ending
 from ._wire import End, Parcel
 from .errors import ChannelError, DataCloneError, MessageError, PortClosedError
@@ -38,6 +40,28 @@ from .events import CloseEvent, EventTarget, MessageErrorEvent, MessageEvent, _L
 _TROUBLE_PAUSE: Final = 0.05  # seconds until delivery tries again after a limit of the system was hit
 STALL_PAUSE: Final = 0.001  # seconds until somebody looks again at a large message that is being written
 _LOOK_PAUSE: Final = 0.02  # seconds between two looks whether a port that is read by hand, or lent, is over
+
+
+class _Vigil:
+    """Rings while somebody waits for ports to begin or cease to be listened to."""
+
+    bell: Bell | None = None
+
+    @contextmanager
+    def kept(self) -> Iterator[Bell]:
+        self.bell = bell = Bell()
+        try:
+            yield bell
+        finally:
+            self.bell = None
+
+    def ring(self) -> None:
+        bell = self.bell
+        if bell is not None:
+            bell.ring()
+
+
+vigil: Final = _Vigil()
 
 
 class State(enum.Enum):
@@ -298,6 +322,7 @@ class Endpoint(EventTarget, Transferable):
         at = self._usable_home()
         if wanted is self._watched:
             return
+        vigil.ring()
         sock = link.watched_by(at)
         if sock is None:
             self._watched = Watched.NOT

@@ -466,6 +466,24 @@ def marked_sockets() -> Iterator[Socket]:
             yield adopt_socket(number)
 
 
+def end_with(sock: Socket) -> None:
+    """Become the leader of a process group, and have the kernel kill it all (SIGKILL) once *sock* has something, or its
+    other end is gone.
+
+    (Signal-driven I/O, fcntl(2): no thread waits, no timer runs, and code that never returns to the interpreter is hit
+    too. A parent-death signal, prctl(2), would come when the *thread* that started this process ends.)
+    """
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)
+    fcntl.fcntl(sock, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(sock, fcntl.F_SETOWN, -os.getpid())
+    fcntl.fcntl(sock, fcntl.F_SETFL, fcntl.fcntl(sock, fcntl.F_GETFL) | os.O_ASYNC)
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    if poller.poll(0):  # before the kernel was told
+        os.killpg(0, signal.SIGKILL)
+
+
 def shut(sock: Socket) -> None:
     """End the connection for both sides, whoever else holds copies. What is queued can still be read."""
     try:
@@ -545,6 +563,21 @@ class Bell(_File):
             os.eventfd_read(self._number)
         except BlockingIOError:
             pass  # nobody rang
+
+
+class ProcessHandle(_File):
+    """Readable once a process has ended (a pidfd). Raises ``ProcessLookupError`` if it was reaped already."""
+
+    __slots__ = ()
+
+    def __init__(self, pid: int) -> None:
+        try:
+            with crossing:
+                super().__init__(map(os.pidfd_open, (pid,)))
+        except ProcessLookupError:
+            raise
+        except OSError as error:
+            raise explain(error, "watch a process") from error
 
 
 # Memory

@@ -13,6 +13,8 @@ __all__ = [
     "MessageError",
     "PortClosedError",
     "PortDetachedError",
+    "RemoteError",
+    "WorkerStartError",
 ]
 
 
@@ -61,3 +63,14 @@ class MessageError(ChannelError):
 
 class BufferFull(ChannelError):
     """Posting would exceed the port's ``max_buffered``. Nothing was sent; wait with ``drain()`` and post again."""
+
+
+class RemoteError(ChannelError):
+    """An exception in another process: its text is the traceback there.
+
+    It is the ``__cause__`` of the exception as it arrived here, or stands for it where that cannot be loaded.
+    """
+
+
+class WorkerStartError(ChannelError):
+    """A worker could not begin: its target or its data could not be found or loaded there. The text says why."""

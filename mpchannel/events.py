@@ -12,7 +12,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, final
 
-__all__ = ["CloseEvent", "Event", "EventTarget", "MessageErrorEvent", "MessageEvent", "Reporter"]
+__all__ = ["CloseEvent", "ErrorEvent", "Event", "EventTarget", "ExitEvent", "MessageErrorEvent", "MessageEvent"]
+__all__ += ["Reporter"]
 
 T = TypeVar("T")
 
@@ -103,6 +104,40 @@ class CloseEvent(Event):
 
     def __repr__(self) -> str:
         return f"CloseEvent(reason={self.reason!r}, was_clean={self.was_clean}, pid={self.pid})"
+
+
+@final
+class ErrorEvent(Event):
+    """A worker failed: ``error`` is the exception that escaped there, or a ``WorkerStartError``."""
+
+    __slots__ = ("error",)
+
+    type = "error"
+    error: BaseException
+
+    def __init__(self, target: Any, error: BaseException) -> None:
+        self.target = target
+        self.error = error
+
+    def __repr__(self) -> str:
+        return f"ErrorEvent(error={self.error!r})"
+
+
+@final
+class ExitEvent(Event):
+    """A worker ended: ``exitcode`` is its exit code, ``-N`` for signal N."""
+
+    __slots__ = ("exitcode",)
+
+    type = "exit"
+    exitcode: int
+
+    def __init__(self, target: Any, exitcode: int) -> None:
+        self.target = target
+        self.exitcode = exitcode
+
+    def __repr__(self) -> str:
+        return f"ExitEvent(exitcode={self.exitcode})"
 
 
 class _Listener:

@@ -40,7 +40,7 @@ from ._clone import (
 )
 from ._delivery import TURNS, loop_home
 from ._end import Buffer, Hand, Taken, spare_buffers
-from ._endpoint import STALL_PAUSE, Endpoint, State
+from ._endpoint import STALL_PAUSE, Endpoint, State, Watched, vigil
 from ._link import Link
 from ._wire import End, Parcel
 from .errors import BufferFull, DataCloneError, MessageError, PortClosedError
@@ -455,10 +455,15 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
     def ref(self) -> None:
         """Let this port, once started and listened to, keep a ``Worker`` alive (the default). Never a plain script."""
         self._ref = True
+        vigil.ring()
 
     def unref(self) -> None:
         """Do not let this port keep a ``Worker`` alive."""
         self._ref = False
+        vigil.ring()
+
+    def _keeps_alive(self) -> bool:
+        return self._ref and self._wanted() is Watched.FOR_MESSAGES
 
     def has_ref(self) -> bool:
         """Whether this port would keep a ``Worker`` alive once started and listened to."""

@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("reduction",),
     ("process",),
     ("context",),
-    ("sharedctypes", "pool", "managers"),
+    ("sharedctypes", "pool", "managers", "worker"),
     ("__init__",),
     ("demo",),
     ("bench",),

@@ -1,0 +1,439 @@
+"""Workers: processes with a port to whoever started them, as the Web, Node and Electron's utility processes have them.
+
+    parent                                              worker
+    Worker(target, *args, data=...)
+      post_message, onmessage   <== messages =====>     parent_port()
+      onerror                   <== control: the target and data, then "started", then what escaped
+                                --- lifeline: nothing is ever sent; its end is the end of the worker
+
+Everything that user code has to load travels by ``control``, so that a failure to load it can be told; the process's
+own arguments are three ports, which always load. The worker leads a process group of its own: Ctrl-C at the terminal
+reaches the parent alone, and the kernel kills the whole group when the lifeline ends, however the parent did.
+
+House rules: no thread and no timer on either side for the sake of a worker. The parent watches a worker's process only
+while somebody listens for ``error`` or ``exit``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import inspect
+import itertools
+import multiprocessing.connection
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, Final, Self
+
+from . import _clone, _endpoint
+from ._delivery import Home, delivery_thread, home
+from ._kernel import ProcessHandle, end_with
+from ._link import open_links
+from .channel import MessageChannel, receive_message_on_port
+from .context import default_context
+from .errors import DataCloneError, RemoteError, WorkerStartError
+from .events import ErrorEvent, EventTarget, ExitEvent, MessageErrorEvent, MessageEvent
+from .port import MessagePort
+
+__all__ = ["Worker", "parent_port", "worker_data"]
+
+AnyPort = MessagePort[Any, Any]
+
+_GRACE: Final = 1.0  # seconds from SIGTERM to SIGKILL
+_numbers: Final = itertools.count(1)
+_alive: Final[set[Worker]] = set()  # a worker nobody refers to goes on; forgotten ones are looked through at each start
+
+
+class Worker(EventTarget):
+    """A process that runs *target*, with a port between it and this process.
+
+    *target* is a callable, or the name of one as ``"package.module:function"``; it is called with *args* in the new
+    process, where ``parent_port()`` is the other end of this object and ``worker_data()`` is *data*. When it returns
+    (a coroutine function: when its coroutine does), the worker lives on while it has a started, ref'd port with a
+    ``message`` listener, or a ref'd worker of its own, as in Node; else it ends. It also ends when this process does.
+
+    Ports in *args* move there; those in *data* must be listed in *transfer*, which moves too. *name* is the process's,
+    *context* a context of ``get_context`` or the name of a start method.
+
+    The constructor starts the process and does not wait for it. It raises ``TypeError`` or ``ValueError`` for bad
+    arguments, ``DataCloneError`` for what cannot be sent, ``OSError`` at a limit; nothing has moved then.
+
+    Events: ``message``, ``messageerror``, ``error`` (an exception that escaped the target, as it was, with its
+    traceback as ``__cause__``; or ``WorkerStartError``), ``exit``. The last two reach listeners added late as well.
+    Listeners run where those of ports do; to listen starts the queue. (Node, worker_threads.)
+    """
+
+    event_types = ("message", "messageerror", "error", "exit")
+
+    def __init__(
+        self,
+        target: Callable[..., Any] | str,
+        *args: Any,
+        data: Any = None,
+        transfer: Iterable[Any] | None = (),
+        name: str | None = None,
+        context: Any = None,
+    ) -> None:
+        super().__init__()
+        if not callable(target) and not isinstance(target, str):
+            raise TypeError(f'target must be a callable or "package.module:function", not {target!r}')
+        if isinstance(target, str) and not all(target.partition(":")):
+            raise ValueError(f'target must name a function as "package.module:function", not {target!r}')
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name must be a str, not {name!r}")
+        if context is None or isinstance(context, str):
+            context = default_context.get_context(context)
+        for each in [each for each in _alive if each.exitcode is not None]:
+            _alive.discard(each)
+        self._ref = True
+        self._home: Home | None = None
+        self._handle: ProcessHandle | None = None
+        self._finished: list[ErrorEvent | ExitEvent] | None = None
+        with contextlib.ExitStack() as undo:  # closes the channels if it fails
+            self._port, theirs = undo.enter_context(MessageChannel())
+            self._control, control = undo.enter_context(MessageChannel())
+            self._lifeline, lifeline = undo.enter_context(MessageChannel())
+            work = _clone.pack((target, args), moving := _clone.Moving(None))
+            for place, each in enumerate(moving.objects):
+                each._check_movable(f"port {place} in the arguments")
+            listed = () if transfer is None else control._check_list(transfer)
+            if any(each is other for each in listed for other in moving.objects):
+                raise DataCloneError("a port is both in the arguments and in transfer; it can move only once")
+            packed = _clone.pack(data, _clone.Moving(listed))
+            process = context.Process(target=_work, args=(theirs, control, lifeline))
+            process.name = name or f"Worker-{next(_numbers)}"
+            with _interrupts_held_back():
+                process.start()
+                self._process = process
+                undo.pop_all()
+                try:
+                    self._control._post(work, "given to a worker")
+                    self._control._post(packed, "given to a worker")
+                except BaseException:
+                    process.kill()
+                    raise
+        _alive.add(self)
+
+    # Messages
+
+    def post_message(self, message: Any, transfer: Iterable[Any] | None = ()) -> bool:
+        """Queue a copy of *message* for the worker's ``parent_port()``, and move *transfer* there; also before the
+        worker has begun. Returns and raises as ``MessagePort.post_message``; ``False`` once the worker has ended."""
+        return self._port.post_message(message, transfer)
+
+    def receive(self, timeout: float | None = None) -> MessageEvent[Any]:
+        """The next message as an event, as ``MessagePort.receive``: ``PortClosedError`` once the worker has ended."""
+        return self._port.receive(timeout)
+
+    def recv(self, timeout: float | None = None) -> Any:
+        """The next message, as ``MessagePort.recv``."""
+        return self._port.recv(timeout)
+
+    async def areceive(self) -> MessageEvent[Any]:
+        """``receive`` for asyncio."""
+        return await self._port.areceive()
+
+    async def arecv(self) -> Any:
+        """``recv`` for asyncio."""
+        return await self._port.arecv()
+
+    @property
+    def onmessage(self) -> Callable[[MessageEvent[Any]], Any] | None:
+        """Called with each message; ``None`` by default."""
+        return self._handler("message")
+
+    @onmessage.setter
+    def onmessage(self, fn: Callable[[MessageEvent[Any]], Any] | None) -> None:
+        self._set_handler("message", fn)
+
+    @property
+    def onmessageerror(self) -> Callable[[MessageErrorEvent], Any] | None:
+        """Called for a message that cannot be loaded here."""
+        return self._handler("messageerror")
+
+    @onmessageerror.setter
+    def onmessageerror(self, fn: Callable[[MessageErrorEvent], Any] | None) -> None:
+        self._set_handler("messageerror", fn)
+
+    @property
+    def onerror(self) -> Callable[[ErrorEvent], Any] | None:
+        """Called once if the worker failed: an exception escaped, or it could not start."""
+        return self._handler("error")
+
+    @onerror.setter
+    def onerror(self, fn: Callable[[ErrorEvent], Any] | None) -> None:
+        self._set_handler("error", fn)
+
+    @property
+    def onexit(self) -> Callable[[ExitEvent], Any] | None:
+        """Called once when the worker has ended, behind all its messages that are listened for."""
+        return self._handler("exit")
+
+    @onexit.setter
+    def onexit(self, fn: Callable[[ExitEvent], Any] | None) -> None:
+        self._set_handler("exit", fn)
+
+    def _listeners_changed(self, type: str, added: Any) -> None:
+        if type in ("message", "messageerror"):
+            self._port.onmessage = self._forward if self._listeners.get("message") else None
+            self._port.onmessageerror = self._forward if self._listeners.get("messageerror") else None
+        elif added is not None:
+            at = self._at()
+            if self._finished is None:
+                self._watch(at)
+            else:
+                for event in self._finished:
+                    if event.type == type:
+                        at.call(partial(self._emit, event, (added,)))
+
+    def _forward(self, event: MessageEvent[Any] | MessageErrorEvent) -> None:
+        event.target = self
+        self._emit(event, self._listeners.get(event.type, ()))
+
+    def _emit(self, event: Any, row: Any) -> None:
+        at = self._at()
+        results = self._dispatch(event, row, at.report)
+        if results:
+            at.run(results)
+
+    def _at(self) -> Home:
+        if self._home is None or not self._home.usable:
+            self._home, self._handle = home(), None
+        return self._home
+
+    # The end
+
+    def _watch(self, at: Home) -> None:
+        if self._handle is not None:
+            return
+        try:
+            self._handle = handle = ProcessHandle(self._process.pid)
+        except ProcessLookupError:  # reaped by somebody else
+            at.call(self.turn)
+        else:
+            at.watch(handle, self, keep=True)  # type: ignore[arg-type]
+
+    def turn(self) -> None:
+        """For the home: the process has ended."""
+        at, handle = self._at(), self._handle
+        if handle is not None:
+            at.forget(handle)  # type: ignore[arg-type]
+        if self._listeners.get("message") and self._port.poll(0):
+            at.call(self.turn)  # its last messages first
+            return
+        if self._finish():
+            for event in self._finished or ():
+                self._emit(event, self._listeners.get(event.type, ()))
+
+    def _finish(self) -> bool:
+        """Find out how it ended. Whether this was the first time."""
+        self._process.join()
+        with self.lock:
+            if self._finished is not None:
+                return False
+            error = self._what_escaped()
+            self._finished = [] if error is None else [ErrorEvent(self, error)]
+            self._finished.append(ExitEvent(self, self._process.exitcode))
+            return True
+
+    def _what_escaped(self) -> BaseException | None:
+        started = False
+        while (event := receive_message_on_port(self._control)) is not None:
+            if event.data == "started":
+                started = True
+                continue
+            pickled, remote = event.data
+            cause = RemoteError(remote)
+            if not started:
+                return _caused(WorkerStartError(f"{self.name} could not start: {remote.splitlines()[-1]}"), cause)
+            try:
+                error = _clone.loads(pickled)
+            except Exception:  # whatever its class makes of it
+                return cause
+            return _caused(error, cause) if isinstance(error, BaseException) else cause
+        if started:
+            return None
+        return WorkerStartError(
+            f"{self.name} ended ({_in_words(self._process.exitcode)}) before it could look for its target; what it "
+            "says itself stands on stderr. Is the main module importable, and are workers started only under `if "
+            '__name__ == "__main__":`?'
+        )
+
+    def terminate(self) -> None:
+        """End the worker and the processes of its group: SIGTERM, and SIGKILL a second later. Does not wait: ``join``
+        does."""
+        self._signal(signal.SIGTERM)
+        if self.exitcode is None:
+            delivery_thread.call_later(_GRACE, partial(self._signal, signal.SIGKILL))
+
+    def _signal(self, number: int) -> None:
+        if self.exitcode is not None:
+            return
+        try:
+            os.killpg(self._process.pid, number)
+        except ProcessLookupError:  # it leads no group yet
+            try:
+                os.kill(self._process.pid, number)
+            except ProcessLookupError:
+                pass  # it ended this very moment
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until the worker has ended, at most *timeout* seconds; ``exitcode`` tells whether it has."""
+        self._process.join(timeout)
+
+    @property
+    def name(self) -> str:
+        return str(self._process.name)
+
+    @property
+    def pid(self) -> int:
+        return int(self._process.pid)
+
+    @property
+    def exitcode(self) -> int | None:
+        """``None`` while it runs; ``-N`` if signal N ended it."""
+        code: int | None = self._process.exitcode
+        return code
+
+    def ref(self) -> None:
+        """Let this worker, while it runs, keep a worker alive that started it (the default)."""
+        self._ref = True
+        _endpoint.vigil.ring()
+
+    def unref(self) -> None:
+        """Do not let this worker keep alive the worker that started it."""
+        self._ref = False
+        _endpoint.vigil.ring()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End it, and wait for that."""
+        self.terminate()
+        self.join()
+
+    def __repr__(self) -> str:
+        state = "running" if self.exitcode is None else _in_words(self.exitcode)
+        return f"<Worker {self.name!r}, pid {self.pid}, {state}>"
+
+
+def _in_words(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"
+
+
+def _caused(error: BaseException, cause: BaseException) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """A Ctrl-C comes behind a start, not in its midst; and not to a worker that has not left this group yet."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# In the worker
+
+
+class _Self:
+    """What this process is, if it is a worker."""
+
+    pid = 0
+    port: AnyPort | None = None
+    data: Any = None
+    lifeline: AnyPort | None = None
+
+
+def parent_port() -> AnyPort | None:
+    """In a worker: the port to whoever started it. ``None`` elsewhere, in processes that a worker forks too."""
+    return _Self.port if _Self.pid == os.getpid() else None
+
+
+def worker_data() -> Any:
+    """In a worker: the ``data`` it was given. ``None`` elsewhere."""
+    return _Self.data if _Self.pid == os.getpid() else None
+
+
+def _work(port: AnyPort, control: AnyPort, lifeline: AnyPort) -> None:
+    end_with(lifeline._link._socket())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # forgets one that came before this process led a group of its own
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _alive.clear()
+    _Self.pid, _Self.port, _Self.lifeline = os.getpid(), port, lifeline
+    try:
+        target, args = control.recv()
+        _Self.data = control.recv()
+        if isinstance(target, str):
+            target = _find(target)
+        control.post_message("started")
+        result = target(*args)
+        del target, args
+        if inspect.iscoroutine(result):
+            asyncio.run(_run(result))
+        else:
+            _linger()
+    except Exception as error:
+        remote = traceback.format_exc()
+        try:
+            pickled: bytes | None = _clone.dumps(error)
+        except Exception:  # whatever its class makes of it: the text is enough
+            pickled = None
+        control.post_message((pickled, remote))
+        raise
+
+
+def _find(target: str) -> Any:
+    module, _, name = target.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    if not callable(found):
+        raise TypeError(f"{target} is not callable: {found!r}")
+    return found
+
+
+async def _run(coroutine: Any) -> None:
+    await coroutine
+    await asyncio.get_running_loop().run_in_executor(None, _linger)
+
+
+def _linger() -> None:
+    """Wait until nothing keeps this worker alive."""
+    with _endpoint.vigil.kept() as bell:
+        while True:
+            bell.hush()
+            children = [each._process.sentinel for each in list(_alive) if each._ref and each.exitcode is None]
+            if not children and not _listening() and _at_rest():
+                return
+            if children or _listening():
+                multiprocessing.connection.wait([bell, *children])
+
+
+def _listening() -> bool:
+    owners = [link.owner() for link in open_links() if link.owner is not None]
+    return any(isinstance(each, MessagePort) and each._keeps_alive() for each in owners)
+
+
+def _at_rest() -> bool:
+    """Wait for a listener that is running. Whether nothing was begun by it."""
+    done = threading.Event()
+    if delivery_thread.running and not delivery_thread.here:
+        delivery_thread.call(done.set)
+        done.wait()
+    return not _listening()
