@@ -536,5 +536,7 @@ _at_exit = _AtExit()
 # Registered after multiprocessing's own handler, which joins children, so it runs before that one.
 atexit.register(say_goodbye)
 multiprocessing.util.register_after_fork(_at_exit, _AtExit.arm)
-if multiprocessing.process.parent_process() is not None:
-    _at_exit.arm()  # a child that meets this package only while it runs
+if multiprocessing.process.parent_process() is not None or hasattr(
+    multiprocessing.process.current_process(), "_inheriting"
+):
+    _at_exit.arm()  # a child that meets this package only while it runs, or while it loads what it was given

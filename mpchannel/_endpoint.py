@@ -445,8 +445,9 @@ class Endpoint(EventTarget, Transferable):
             raise TimeoutError(f"the channel did not close in {timeout} s")
 
     def _message_waits(self) -> bool:
-        if self._state is not State.OPEN or self._watched:
-            return False
+        return self._state is State.OPEN and not self._watched and self._unread()
+
+    def _unread(self) -> bool:
         try:
             with self._link.receiving:
                 return self._link.ready is True

@@ -16,16 +16,16 @@ while somebody listens for ``error`` or ``exit``.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import importlib
-import inspect
 import itertools
 import multiprocessing.connection
+import multiprocessing.process
 import os
 import signal
 import threading
 import traceback
+import types
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Final, Self
@@ -46,7 +46,6 @@ AnyPort = MessagePort[Any, Any]
 
 _GRACE: Final = 1.0  # seconds from SIGTERM to SIGKILL
 _numbers: Final = itertools.count(1)
-_alive: Final[set[Worker]] = set()  # a worker nobody refers to goes on; forgotten ones are looked through at each start
 
 
 class Worker(EventTarget):
@@ -88,13 +87,13 @@ class Worker(EventTarget):
             raise TypeError(f"name must be a str, not {name!r}")
         if context is None or isinstance(context, str):
             context = default_context.get_context(context)
-        for each in [each for each in _alive if each.exitcode is not None]:
-            _alive.discard(each)
+        self._reaping = threading.RLock()  # of two threads that ask multiprocessing at once, one may be told nonsense
         self._ref = True
         self._home: Home | None = None
         self._handle: ProcessHandle | None = None
         self._finished: list[ErrorEvent | ExitEvent] | None = None
         with contextlib.ExitStack() as undo:  # closes the channels if it fails
+            self._port: AnyPort
             self._port, theirs = undo.enter_context(MessageChannel())
             self._control, control = undo.enter_context(MessageChannel())
             self._lifeline, lifeline = undo.enter_context(MessageChannel())
@@ -110,6 +109,7 @@ class Worker(EventTarget):
             with _interrupts_held_back():
                 process.start()
                 self._process = process
+                process._worker = self  # multiprocessing holds the process until it is joined: so it goes on
                 undo.pop_all()
                 try:
                     self._control._post(work, "given to a worker")
@@ -117,7 +117,6 @@ class Worker(EventTarget):
                 except BaseException:
                     process.kill()
                     raise
-        _alive.add(self)
 
     # Messages
 
@@ -223,7 +222,7 @@ class Worker(EventTarget):
         at, handle = self._at(), self._handle
         if handle is not None:
             at.forget(handle)  # type: ignore[arg-type]
-        if self._listeners.get("message") and self._port.poll(0):
+        if self._listeners.get("message") and self._port._unread():
             at.call(self.turn)  # its last messages first
             return
         if self._finish():
@@ -232,13 +231,13 @@ class Worker(EventTarget):
 
     def _finish(self) -> bool:
         """Find out how it ended. Whether this was the first time."""
-        self._process.join()
+        self.join()
         with self.lock:
             if self._finished is not None:
                 return False
             error = self._what_escaped()
             self._finished = [] if error is None else [ErrorEvent(self, error)]
-            self._finished.append(ExitEvent(self, self._process.exitcode))
+            self._finished.append(ExitEvent(self, self.exitcode or 0))
             return True
 
     def _what_escaped(self) -> BaseException | None:
@@ -259,7 +258,7 @@ class Worker(EventTarget):
         if started:
             return None
         return WorkerStartError(
-            f"{self.name} ended ({_in_words(self._process.exitcode)}) before it could look for its target; what it "
+            f"{self.name} ended ({_in_words(self.exitcode)}) before it could look for its target; what it "
             "says itself stands on stderr. Is the main module importable, and are workers started only under `if "
             '__name__ == "__main__":`?'
         )
@@ -284,7 +283,19 @@ class Worker(EventTarget):
 
     def join(self, timeout: float | None = None) -> None:
         """Wait until the worker has ended, at most *timeout* seconds; ``exitcode`` tells whether it has."""
-        self._process.join(timeout)
+        if self.exitcode is None:
+            try:
+                handle = ProcessHandle(self.pid)
+            except ProcessLookupError:
+                pass  # it has ended, and was reaped
+            else:
+                ended = multiprocessing.connection.wait([handle.fileno()], timeout)
+                handle.close()
+                if not ended:
+                    return
+            with self._reaping:
+                self._process.join()
+        self._process._worker = None
 
     @property
     def name(self) -> str:
@@ -297,7 +308,8 @@ class Worker(EventTarget):
     @property
     def exitcode(self) -> int | None:
         """``None`` while it runs; ``-N`` if signal N ended it."""
-        code: int | None = self._process.exitcode
+        with self._reaping:
+            code: int | None = self._process.exitcode
         return code
 
     def ref(self) -> None:
@@ -374,7 +386,6 @@ def _work(port: AnyPort, control: AnyPort, lifeline: AnyPort) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # forgets one that came before this process led a group of its own
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    _alive.clear()
     _Self.pid, _Self.port, _Self.lifeline = os.getpid(), port, lifeline
     try:
         target, args = control.recv()
@@ -384,7 +395,9 @@ def _work(port: AnyPort, control: AnyPort, lifeline: AnyPort) -> None:
         control.post_message("started")
         result = target(*args)
         del target, args
-        if inspect.iscoroutine(result):
+        if isinstance(result, types.CoroutineType):
+            import asyncio
+
             asyncio.run(_run(result))
         else:
             _linger()
@@ -409,6 +422,8 @@ def _find(target: str) -> Any:
 
 
 async def _run(coroutine: Any) -> None:
+    import asyncio
+
     await coroutine
     await asyncio.get_running_loop().run_in_executor(None, _linger)
 
@@ -418,11 +433,12 @@ def _linger() -> None:
     with _endpoint.vigil.kept() as bell:
         while True:
             bell.hush()
-            children = [each._process.sentinel for each in list(_alive) if each._ref and each.exitcode is None]
+            running = [(each, getattr(each, "_worker", None)) for each in multiprocessing.process.active_children()]
+            children: list[Any] = [each.sentinel for each, worker in running if worker is not None and worker._ref]
             if not children and not _listening() and _at_rest():
                 return
             if children or _listening():
-                multiprocessing.connection.wait([bell, *children])
+                multiprocessing.connection.wait([bell.fileno(), *children])
 
 
 def _listening() -> bool:

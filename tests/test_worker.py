@@ -1,0 +1,403 @@
+"""Workers: start, messages, errors, exit, lifetime, and that none outlives whoever started it."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+import mpchannel
+from mpchannel import Worker
+
+from . import workers
+from .children import run_script, script_environment
+
+
+@contextmanager
+def ending(worker: Worker, exitcode: int = 0) -> Iterator[Worker]:
+    """The worker ends by itself, as said."""
+    try:
+        yield worker
+        worker.join(20)
+        assert worker.exitcode == exitcode
+    finally:
+        if worker.exitcode is None:
+            os.kill(worker.pid, signal.SIGKILL)
+            worker.join(20)
+
+
+class Log:
+    """Events in the order in which they came, and a wait for the last."""
+
+    def __init__(self, worker: Worker, *types: str) -> None:
+        self.events: list[Any] = []
+        self.over = threading.Event()
+        for each in (*types, "exit"):
+            worker.on(each, self.hear)
+
+    def hear(self, event: Any) -> None:
+        self.events.append(event)
+        if event.type == "exit":
+            self.over.set()
+
+    def wait(self) -> list[Any]:
+        assert self.over.wait(20)
+        return self.events
+
+
+# Messages
+
+
+def test_messages_wait_for_the_worker_and_come_in_order(context: Any) -> None:
+    with ending(Worker(workers.echo, 1, "a", data={"key": [2]}, context=context)) as worker:
+        for number in range(1000):
+            assert worker.post_message(number)
+        assert [worker.recv(20) for _ in range(1000)] == [(number, 1, "a", {"key": [2]}) for number in range(1000)]
+        worker.post_message("stop")
+    assert worker.post_message("too late") is False
+    with pytest.raises(mpchannel.PortClosedError):
+        worker.recv(1)
+
+
+def test_ports_move_in_arguments_in_data_and_in_messages(context: Any) -> None:
+    pairs = [mpchannel.MessageChannel() for _ in range(3)]
+    data = {"ports": [pairs[1].port2]}
+    worker = Worker(workers.give_back, [pairs[0].port2], data=data, transfer=data["ports"], context=context)
+    with ending(worker):
+        assert pairs[0].port2.detached
+        assert pairs[1].port2.detached
+        worker.post_message("with a port", [pairs[2].port2])
+        event = worker.receive(20)
+        assert event.data == "with a port"
+        for pair, port in zip(pairs, event.ports, strict=True):
+            port.post_message("it came back")
+            assert pair.port1.recv(20) == "it came back"
+            port.close()
+            pair.port1.close()
+
+
+def test_a_port_goes_from_one_worker_to_another(context: Any) -> None:
+    mine, theirs = mpchannel.MessageChannel()
+    with ending(Worker(workers.echo, context=context)) as first, ending(Worker(workers.talk, mine, context=context)):
+        first.post_message("pass it on", [theirs])
+        port = first.receive(20).ports[0]
+        port.post_message("directly")
+        assert port.recv(20) == "directly"
+        port.close()
+        first.post_message("stop")
+
+
+def test_listening_starts_the_queue_and_events_name_the_worker(context: Any) -> None:
+    worker = Worker(workers.post, 1, None, [2], context=context)
+    with ending(worker):
+        log = Log(worker, "message")
+        events = log.wait()
+    assert [event.data for event in events[:-1]] == [1, None, [2]]  # before the exit
+    assert (events[-1].type, events[-1].exitcode) == ("exit", 0)
+    assert all(event.target is worker for event in events)
+
+
+def test_a_message_that_cannot_be_loaded_is_a_messageerror(context: Any) -> None:
+    worker = Worker(workers.post, 1, context=context)
+    worker.join()
+    worker = Worker("tests.workers:echo", context=context)
+    with ending(worker):
+        log = Log(worker, "message", "messageerror")
+        worker.post_message(workers.CannotBeLoaded())  # reported there; it goes on
+        worker.post_message("stop")
+        assert [event.type for event in log.wait()] == ["exit"]
+
+
+def test_on_a_loop_events_come_on_the_loop() -> None:
+    async def main() -> list[Any]:
+        here = threading.get_ident()
+        over = asyncio.get_running_loop().create_future()
+        worker = Worker(workers.echo)
+        threads = []
+
+        async def hear(event: Any) -> None:
+            threads.append(threading.get_ident() == here)
+            worker.post_message("stop")
+
+        worker.onmessage = hear
+        worker.onexit = over.set_result
+        worker.post_message(1)
+        event = await asyncio.wait_for(over, 20)
+        return [*threads, event.exitcode]
+
+    assert asyncio.run(main()) == [True, 0]
+
+    async def pull() -> Any:
+        with Worker(workers.echo) as worker:
+            worker.post_message(1)
+            return await worker.arecv()
+
+    assert asyncio.run(pull()) == (1, None)
+
+
+def test_there_is_no_parent_port_outside_of_workers(context: Any) -> None:
+    assert mpchannel.parent_port() is mpchannel.worker_data() is None
+    with ending(Worker(workers.ask_in_a_forked_process, data=1, context=context)) as worker:
+        assert worker.recv(20) == (None, None)
+
+
+# Failures
+
+
+def test_an_exception_comes_home_as_itself_with_its_traceback(context: Any) -> None:
+    with ending(Worker(workers.fail, LookupError("at home"), context=context), 1) as worker:
+        error, end = Log(worker, "error").wait()
+    assert type(error.error) is LookupError
+    assert error.error.args == ("at home",)
+    assert isinstance(error.error.__cause__, mpchannel.RemoteError)
+    assert "in fail" in str(error.error.__cause__)
+    assert end.exitcode == 1
+
+
+def test_an_exception_that_cannot_be_loaded_comes_as_text(context: Any) -> None:
+    with ending(Worker(workers.fail, context=context), 1) as worker:
+        error, _ = Log(worker, "error").wait()
+    assert isinstance(error.error, mpchannel.RemoteError)
+    assert "Oops: cannot be loaded, 1" in str(error.error)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda context: Worker("tests.nowhere:f", context=context), "No module named 'tests.nowhere'"),
+        (lambda context: Worker("tests.workers:f", context=context), "no attribute 'f'"),
+        (lambda context: Worker(workers.echo, workers.CannotBeLoaded(), context=context), "not a number"),
+        (lambda context: Worker(workers.echo, data=workers.CannotBeLoaded(), context=context), "not a number"),
+    ],
+)
+def test_a_worker_that_cannot_start_says_why(context: Any, make: Callable[[Any], Worker], text: str) -> None:
+    with ending(make(context), 1) as worker:
+        error, end = Log(worker, "error").wait()
+    assert isinstance(error.error, mpchannel.WorkerStartError)
+    assert text in str(error.error)
+    assert "Traceback" in str(error.error.__cause__)
+    assert end.exitcode == 1
+
+
+def test_a_main_module_that_cannot_be_imported_is_an_error_and_no_hang() -> None:
+    done = run_script(
+        """
+        import os, subprocess, sys, tempfile
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "script.py")
+            with open(path, "w") as file:
+                file.write("import mpchannel\\nw = mpchannel.Worker(print, context='spawn')\\nw.join(20)\\n"
+                           "import threading; over = threading.Event()\\n"
+                           "w.onerror = lambda e: print(type(e.error).__name__, '__main__' in str(e.error))\\n"
+                           "w.onexit = lambda e: over.set()\\nover.wait(20)\\n")
+            sys.exit(subprocess.run([sys.executable, path], check=False).returncode)
+        """
+    )
+    assert done.stdout == "WorkerStartError True\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "text"),
+    [
+        ((3,), {}, TypeError, "must be a callable"),
+        (("nocolon",), {}, ValueError, "package.module:function"),
+        ((print,), {"name": 3}, TypeError, "name must be a str"),
+        ((print,), {"context": "none such"}, ValueError, "none such"),
+        ((print, threading.Lock()), {}, mpchannel.DataCloneError, "lock"),
+        ((print,), {"data": [threading.Lock()]}, mpchannel.DataCloneError, "lock"),
+        ((print,), {"transfer": 3}, TypeError, "iterable of ports"),
+        ((print,), {"transfer": [3]}, mpchannel.DataCloneError, "cannot be transferred"),
+    ],
+)
+def test_bad_arguments_raise_at_once_and_move_nothing(
+    channel: Any, arguments: Any, options: Any, error: type[Exception], text: str
+) -> None:
+    mine, moving = channel
+    with pytest.raises(error, match=text):
+        Worker(*arguments, moving, **options)
+    moving.post_message("still here")
+    assert mine.recv(5) == "still here"
+
+
+def test_a_port_in_data_must_be_listed_and_only_once(channel: Any) -> None:
+    mine, moving = channel
+    with pytest.raises(mpchannel.DataCloneError, match="not in the transfer list"):
+        Worker(print, data=[moving])
+    with pytest.raises(mpchannel.DataCloneError, match="only once"):
+        Worker(print, moving, data=[moving], transfer=[moving])
+    assert not moving.detached
+    assert not mine.closed
+
+
+def test_error_and_exit_reach_late_listeners_once(context: Any) -> None:
+    worker = Worker(workers.fail, context=context)
+    worker.join(20)
+    first, second = Log(worker, "error"), Log(worker, "error")
+    for log in (first, second):
+        assert [event.type for event in log.wait()] == ["error", "exit"]
+    third = Log(worker, "error")
+    assert [event.type for event in third.wait()] == ["error", "exit"]
+    assert [event.type for event in first.events] == ["error", "exit"]
+
+
+# Lifetime
+
+
+def test_a_worker_ends_when_nobody_listens_any_more(context: Any) -> None:
+    with ending(Worker(workers.answer_once, context=context)) as worker:
+        with pytest.raises(TimeoutError):
+            worker.recv(0.5)
+        assert worker.exitcode is None  # idle, and alive
+        worker.post_message("one")
+        assert worker.recv(20) == "one"
+
+
+def test_a_raising_listener_does_not_end_a_worker(context: Any) -> None:
+    with ending(Worker(workers.fail_in_a_listener, context=context)) as worker:
+        for message in ("first", "last"):
+            worker.post_message(message)
+            assert worker.recv(20) == message
+
+
+def test_a_listener_that_closed_the_last_port_runs_to_its_end(context: Any) -> None:
+    with ending(Worker(workers.close_and_finish_slowly, context=context)) as worker:
+        port = worker.receive(20).ports[0]
+        worker.post_message("go")
+        assert port.recv(20) == "finished"
+        port.close()
+
+
+def test_a_coroutine_function_is_a_target(context: Any) -> None:
+    with ending(Worker(workers.answer_in_a_coroutine, context=context)) as worker:
+        for message in ("awaited", "listened to"):
+            worker.post_message(message)
+            assert worker.recv(20) == message
+
+
+def test_a_worker_lives_for_its_own_workers(context: Any) -> None:
+    with ending(Worker(workers.start_a_worker, context=context)) as worker:
+        port = worker.receive(20).ports[0]
+        port.post_message("from the grandparent")
+        assert port.recv(20) == "from the grandparent"
+        assert worker.exitcode is None
+        port.close()
+
+
+def test_a_worker_that_does_not_live_for_its_own_takes_them_along(context: Any) -> None:
+    with ending(Worker(workers.start_a_worker, True, context=context)) as worker:
+        port = worker.receive(20).ports[0]
+        assert port.wait_closed(20) is not None
+        port.close()
+
+
+def test_a_worker_nobody_refers_to_goes_on(channel: Any) -> None:
+    mine, moving = channel
+    Worker(workers.talk, moving)
+    gc.collect()
+    mine.post_message("are you there?")
+    assert mine.recv(20) == "are you there?"
+    mine.close()
+
+
+def test_terminate_ends_a_worker_that_ignores_it(context: Any) -> None:
+    with Worker(workers.ignore_sigterm, context=context) as worker:
+        assert worker.recv(20) == "ready"
+        log = Log(worker, "error")
+    assert worker.exitcode == -signal.SIGKILL
+    assert [event.type for event in log.wait()] == ["exit"]
+    assert "killed by SIGKILL" in repr(worker)
+    worker.terminate()  # again: nothing
+
+
+FAMILY = """
+    import sys, time
+    import mpchannel
+    from tests import workers
+
+    if __name__ == "__main__":
+        mpchannel.set_start_method(sys.argv[1])
+        worker = mpchannel.Worker(workers.found_a_family)
+        try:
+            print(*worker.recv(30), flush=True)
+            {then}
+        except KeyboardInterrupt:
+            print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("how", ["killed", "ends", "interrupted"])
+def test_no_worker_and_no_process_of_one_outlives_the_parent(start_method: str, how: str) -> None:
+    script = textwrap.dedent(FAMILY).format(then="pass" if how == "ends" else "time.sleep(60)")
+    program = subprocess.Popen(
+        [sys.executable, "-W", "always", "-c", script, start_method],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=script_environment(),
+        start_new_session=True,
+    )
+    assert program.stdout is not None
+    assert program.stderr is not None
+    with program:
+        pids = [int(word) for word in program.stdout.readline().split()]
+        assert len(pids) == 3
+        if how == "killed":
+            program.kill()
+        elif how == "interrupted":
+            os.killpg(program.pid, signal.SIGINT)  # as a terminal does
+        deadline = time.monotonic() + 5
+        while left := [pid for pid in pids if _is_running(pid)]:
+            assert time.monotonic() < deadline, f"left: {left}"
+            time.sleep(0.01)
+        assert program.wait(20) == (-signal.SIGKILL if how == "killed" else 0)
+        assert program.stdout.read() == ("interrupted\n" if how == "interrupted" else "")
+        assert program.stderr.read() == ""
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_threads_that_ask_at_once_are_told_the_same(context: Any) -> None:
+    for _ in range(10):
+        worker = Worker(workers.ignore_sigterm, context=context)
+        codes: list[Any] = []
+        threads = [threading.Thread(target=lambda: (worker.join(20), codes.append(worker.exitcode))) for _ in range(4)]  # noqa: B023
+        log = Log(worker)
+        for each in threads:
+            each.start()
+        os.kill(worker.pid, signal.SIGKILL)
+        for each in threads:
+            each.join()
+        assert codes == [-signal.SIGKILL] * 4
+        assert log.wait()[0].exitcode == -signal.SIGKILL
+
+
+def test_two_hundred_starts_and_ends_leave_nothing() -> None:
+    for number in range(200):
+        worker = Worker(workers.echo, context="fork")
+        if number % 3 == 0:
+            worker.post_message("stop")
+            worker.join(20)
+            assert worker.exitcode == 0
+        elif number % 3 == 1:
+            worker.terminate()
+            worker.join(20)
+        else:
+            os.kill(worker.pid, signal.SIGKILL)
+            worker.join(20)
