@@ -24,6 +24,7 @@ import multiprocessing.process
 import os
 import signal
 import threading
+import time
 import traceback
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -91,6 +92,7 @@ class Worker(EventTarget):
         self._ref = True
         self._home: Home | None = None
         self._handle: ProcessHandle | None = None
+        self._told = threading.Event()  # listeners were, of how it ended
         self._finished: list[ErrorEvent | ExitEvent] | None = None
         with contextlib.ExitStack() as undo:  # closes the channels if it fails
             self._port: AnyPort
@@ -228,10 +230,11 @@ class Worker(EventTarget):
         if self._finish():
             for event in self._finished or ():
                 self._emit(event, self._listeners.get(event.type, ()))
+            self._told.set()
 
     def _finish(self) -> bool:
         """Find out how it ended. Whether this was the first time."""
-        self.join()
+        self._reap()
         with self.lock:
             if self._finished is not None:
                 return False
@@ -282,7 +285,14 @@ class Worker(EventTarget):
                 pass  # it ended this very moment
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait until the worker has ended, at most *timeout* seconds; ``exitcode`` tells whether it has."""
+        """Wait until the worker has ended, and listeners that run on the delivery thread were told so; at most
+        *timeout* seconds. ``exitcode`` tells whether it has ended."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self._reap(timeout)
+        if self._home is delivery_thread and self._handle is not None and not delivery_thread.here:
+            self._told.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+
+    def _reap(self, timeout: float | None = None) -> None:
         if self.exitcode is None:
             try:
                 handle = ProcessHandle(self.pid)

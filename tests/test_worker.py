@@ -251,6 +251,15 @@ def test_error_and_exit_reach_late_listeners_once(context: Any) -> None:
     assert [event.type for event in first.events] == ["error", "exit"]
 
 
+def test_join_waits_until_listeners_were_told(context: Any) -> None:
+    for _ in range(10):
+        worker = Worker(workers.post, 1, context=context)
+        events: list[Any] = []
+        worker.onmessage = worker.onexit = events.append
+        worker.join(20)
+        assert [event.type for event in events] == ["message", "exit"]
+
+
 # Lifetime
 
 
