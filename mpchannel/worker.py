@@ -90,6 +90,7 @@ class Worker(EventTarget):
             context = default_context.get_context(context)
         self._reaping = threading.RLock()  # of two threads that ask multiprocessing at once, one may be told nonsense
         self._ref = True
+        self._terminated = False
         self._home: Home | None = None
         self._handle: ProcessHandle | None = None
         self._told = threading.Event()  # listeners were, of how it ended
@@ -258,17 +259,21 @@ class Worker(EventTarget):
             except Exception:  # whatever its class makes of it
                 return cause
             return _caused(error, cause) if isinstance(error, BaseException) else cause
-        if started:
+        if started or self._terminated:
             return None
+        code = self.exitcode or 0
+        text = f"{self.name} ended ({_in_words(code)}) before it could look for its target"
+        if code < 0:
+            return WorkerStartError(text)
         return WorkerStartError(
-            f"{self.name} ended ({_in_words(self.exitcode)}) before it could look for its target; what it "
-            "says itself stands on stderr. Is the main module importable, and are workers started only under `if "
-            '__name__ == "__main__":`?'
+            f"{text}; what it says itself stands on stderr. Is the main module importable, and are workers started "
+            'only under `if __name__ == "__main__":`?'
         )
 
     def terminate(self) -> None:
         """End the worker and the processes of its group: SIGTERM, and SIGKILL a second later. Does not wait: ``join``
         does."""
+        self._terminated = True
         self._signal(signal.SIGTERM)
         if self.exitcode is None:
             delivery_thread.call_later(_GRACE, partial(self._signal, signal.SIGKILL))

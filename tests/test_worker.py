@@ -329,6 +329,24 @@ def test_terminate_ends_a_worker_that_ignores_it(context: Any) -> None:
     worker.terminate()  # again: nothing
 
 
+def test_a_worker_that_is_ended_before_it_began(context: Any) -> None:
+    with Worker(workers.echo, context=context) as worker:
+        pass
+    assert [event.type for event in Log(worker, "error").wait()] == ["exit"]  # as asked: no error
+    worker = Worker(workers.echo, context=context)
+    os.kill(worker.pid, signal.SIGSTOP)  # or it might have begun
+    os.kill(worker.pid, signal.SIGKILL)
+    events = Log(worker, "error").wait()
+    assert events[-1].exitcode == -signal.SIGKILL
+    if len(events) == 2:
+        assert "killed by SIGKILL" in str(events[0].error)
+
+
+def test_sys_exit_gives_the_exit_code_and_is_no_error(context: Any) -> None:
+    worker = Worker(sys.exit, 3, context=context)
+    assert [(event.type, event.exitcode) for event in Log(worker, "error").wait()] == [("exit", 3)]
+
+
 FAMILY = """
     import sys, time
     import mpchannel
