@@ -11,6 +11,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import types
@@ -416,13 +417,16 @@ def test_a_descriptor_of_another_kind_makes_a_connection_of_the_standard_library
 
 
 def test_a_default_timeout_for_sockets_changes_no_descriptor(pipe: Ends) -> None:
+    stream, far = socket.socketpair()  # of another kind: looked at, and left to the standard library
     socket.setdefaulttimeout(5)
     try:
-        with Connection(os.dup(pipe[0].fileno())) as copy:
-            assert type(copy) is Connection
-            assert os.get_blocking(copy.fileno())
+        for number in (pipe[0].fileno(), stream.fileno()):
+            with Connection(os.dup(number)) as copy:
+                assert os.get_blocking(copy.fileno())
     finally:
         socket.setdefaulttimeout(None)
+        stream.close()
+        far.close()
 
 
 def test_nothing_is_left_of_a_thousand_pipes() -> None:
@@ -512,16 +516,20 @@ def test_two_copies_of_an_end_in_one_process_send_in_the_order_of_their_turns(pi
 
 def test_an_end_passed_by_its_number_is_shared(pipe: Ends) -> None:
     one, other = pipe
-    flood = "for n in range(600): end.send((n, bytes(2000)))"
-    script = (
-        "import sys; from mpchannel.connection import Connection; end = Connection(int(sys.argv[1])); " + "exec(%r)"
-    )
+    script = """
+        import sys
+        from mpchannel.connection import Connection
+        end = Connection(int(sys.argv[1]))
+        for number in range(600):
+            end.send(("child", number, bytes(2000)))
+    """
     for _ in range(2):  # each of the two finds a file of the other's
         for number in range(600):
-            other.send((number, bytes(2000)))
-        command = [sys.executable, "-c", script % flood, str(other.fileno())]
+            other.send(("parent", number, bytes(2000)))
+        command = [sys.executable, "-c", textwrap.dedent(script), str(other.fileno())]
         subprocess.run(command, pass_fds=[other.fileno()], check=True, timeout=60)
-    assert [one.recv()[0] for _ in range(2400)] == [*range(600)] * 4
+    expected = [(who, number) for who in ("parent", "child") * 2 for number in range(600)]
+    assert [one.recv()[:2] for _ in range(2400)] == expected
 
 
 def test_processes_that_take_turns_at_one_end_receive_each_message_once_and_in_order(context: Any) -> None:

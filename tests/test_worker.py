@@ -99,11 +99,12 @@ def test_a_port_goes_from_one_worker_to_another(context: Any) -> None:
 
 
 def test_listening_starts_the_queue_and_events_name_the_worker(context: Any) -> None:
-    worker = Worker(workers.post, 1, None, [2], context=context)
+    messages = [None, [2], *range(200)]  # more than are dispatched in one turn
+    worker = Worker(workers.post, *messages, context=context)
     with ending(worker):
-        log = Log(worker, "message")
-        events = log.wait()
-    assert [event.data for event in events[:-1]] == [1, None, [2]]  # before the exit
+        worker.join(20)
+        events = Log(worker, "message").wait()
+    assert [event.data for event in events[:-1]] == messages  # before the exit
     assert (events[-1].type, events[-1].exitcode) == ("exit", 0)
     assert all(event.target is worker for event in events)
 
