@@ -93,6 +93,7 @@ class Worker(EventTarget):
         self._terminated = False
         self._home: Home | None = None
         self._handle: ProcessHandle | None = None
+        self._watching = False  # the home tells us, or has told us, when the process has ended
         self._told = threading.Event()  # listeners were, of how it ended
         self._finished: list[ErrorEvent | ExitEvent] | None = None
         with contextlib.ExitStack() as undo:  # closes the channels if it fails
@@ -205,14 +206,15 @@ class Worker(EventTarget):
 
     def _at(self) -> Home:
         if self._home is None or not self._home.usable:
-            self._home, self._handle = home(), None
+            self._home, self._handle, self._watching = home(), None, False
         return self._home
 
     # The end
 
     def _watch(self, at: Home) -> None:
-        if self._handle is not None:
+        if self._watching:
             return
+        self._watching = True
         try:
             self._handle = handle = ProcessHandle(self._process.pid)
         except ProcessLookupError:  # reaped by somebody else
@@ -224,13 +226,18 @@ class Worker(EventTarget):
         """For the home: the process has ended."""
         at, handle = self._at(), self._handle
         if handle is not None:
+            self._handle = None
             at.forget(handle)  # type: ignore[arg-type]
-        if self._listeners.get("message") and self._port._unread():
+            handle.close()
+        reading = self._port._home
+        if self._listeners.get("message") and reading is not None and reading.usable and self._port._unread():
             at.call(self.turn)  # its last messages first
             return
-        if self._finish():
-            for event in self._finished or ():
-                self._emit(event, self._listeners.get(event.type, ()))
+        try:
+            if self._finish():
+                for event in self._finished or ():
+                    self._emit(event, self._listeners.get(event.type, ()))
+        finally:
             self._told.set()
 
     def _finish(self) -> bool:
@@ -255,10 +262,9 @@ class Worker(EventTarget):
             if not started:
                 return _caused(WorkerStartError(f"{self.name} could not start: {remote.splitlines()[-1]}"), cause)
             try:
-                error = _clone.loads(pickled)
-            except Exception:  # whatever its class makes of it
+                return _caused(_clone.loads(pickled), cause)
+            except BaseException:  # whatever its class makes of it, SystemExit too: the text is what is left
                 return cause
-            return _caused(error, cause) if isinstance(error, BaseException) else cause
         if started or self._terminated:
             return None
         code = self.exitcode or 0
@@ -271,8 +277,8 @@ class Worker(EventTarget):
         )
 
     def terminate(self) -> None:
-        """End the worker and the processes of its group: SIGTERM, and SIGKILL a second later. Does not wait: ``join``
-        does."""
+        """SIGTERM to the worker and the processes of its group; SIGKILL to them if the worker itself still runs a
+        second later. Does not wait: ``join`` does."""
         self._terminated = True
         self._signal(signal.SIGTERM)
         if self.exitcode is None:
@@ -294,7 +300,7 @@ class Worker(EventTarget):
         *timeout* seconds. ``exitcode`` tells whether it has ended."""
         deadline = None if timeout is None else time.monotonic() + timeout
         self._reap(timeout)
-        if self._home is delivery_thread and self._handle is not None and not delivery_thread.here:
+        if self._home is delivery_thread and self._watching and not delivery_thread.here:
             self._told.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
     def _reap(self, timeout: float | None = None) -> None:
@@ -360,7 +366,7 @@ def _in_words(code: int | None) -> str:
 
 
 def _caused(error: BaseException, cause: BaseException) -> BaseException:
-    error.__cause__ = cause
+    BaseException.__setattr__(error, "__cause__", cause)  # past what its class makes of it
     return error
 
 
@@ -416,7 +422,9 @@ def _work(port: AnyPort, control: AnyPort, lifeline: AnyPort) -> None:
             asyncio.run(_run(result))
         else:
             _linger()
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:
         remote = traceback.format_exc()
         try:
             pickled: bytes | None = _clone.dumps(error)

@@ -174,6 +174,29 @@ def test_an_exception_that_cannot_be_loaded_comes_as_text(context: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "kind"),
+    [("EndsWhoLoadsIt", mpchannel.RemoteError), ("Refuses", workers.Refuses), ("Base", workers.Base)],
+)
+def test_odd_exceptions_are_told_as_well(context: Any, name: str, kind: type[BaseException]) -> None:
+    with ending(Worker(workers.fail_as, name, context=context), 1) as worker:
+        error, end = Log(worker, "error").wait()
+    assert type(error.error) is kind
+    assert end.exitcode == 1
+
+
+def test_the_exit_is_told_although_the_loop_that_got_messages_is_closed() -> None:
+    worker = Worker(workers.give_back, [], data={"ports": []})
+
+    async def listen() -> None:
+        worker.onmessage = print
+
+    asyncio.run(listen())
+    with ending(worker):
+        worker.post_message("unread")
+        assert Log(worker).wait()[-1].exitcode == 0
+
+
+@pytest.mark.parametrize(
     ("make", "text"),
     [
         (lambda context: Worker("tests.nowhere:f", context=context), "No module named 'tests.nowhere'"),

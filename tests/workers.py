@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 import warnings
 from typing import Any
@@ -49,6 +50,24 @@ def post(*messages: Any) -> None:
 class Oops(Exception):
     def __init__(self, one: str, other: int) -> None:
         super().__init__(f"{one}, {other}")  # pickle calls it with one argument
+
+
+class EndsWhoLoadsIt(Exception):
+    def __reduce__(self) -> Any:
+        return sys.exit, (9,)
+
+
+class Refuses(Exception):
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(name)
+
+
+class Base(BaseException):
+    pass
+
+
+def fail_as(name: str) -> None:
+    raise globals()[name]()
 
 
 def fail(error: BaseException | None = None) -> None:
