@@ -8,10 +8,11 @@
 
 Everything that user code has to load travels by ``control``, so that a failure to load it can be told; the process's
 own arguments are three ports, which always load. The worker leads a process group of its own: Ctrl-C at the terminal
-reaches the parent alone, and the kernel kills the whole group when the lifeline ends, however the parent did.
+reaches the parent alone, and the kernel kills the whole group when the lifeline ends, however the parent did (while
+the worker itself lives: of one that was killed before, processes it had started may be left).
 
-House rules: no thread and no timer on either side for the sake of a worker. The parent watches a worker's process only
-while somebody listens for ``error`` or ``exit``.
+House rules: no thread waits for a worker's or a parent's end, and no timer runs but the grace of ``terminate``. The
+parent watches a worker's process only while somebody listens for ``error`` or ``exit``.
 """
 
 from __future__ import annotations

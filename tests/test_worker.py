@@ -110,14 +110,10 @@ def test_listening_starts_the_queue_and_events_name_the_worker(context: Any) -> 
 
 
 def test_a_message_that_cannot_be_loaded_is_a_messageerror(context: Any) -> None:
-    worker = Worker(workers.post, 1, context=context)
-    worker.join()
-    worker = Worker("tests.workers:echo", context=context)
-    with ending(worker):
-        log = Log(worker, "message", "messageerror")
-        worker.post_message(workers.CannotBeLoaded())  # reported there; it goes on
-        worker.post_message("stop")
-        assert [event.type for event in log.wait()] == ["exit"]
+    with ending(Worker(workers.post_what_cannot_be_loaded, context=context)) as worker:
+        bad, good, _ = Log(worker, "messageerror", "message").wait()
+    assert (bad.type, bad.target, type(bad.error)) == ("messageerror", worker, mpchannel.MessageError)
+    assert (good.type, good.data) == ("message", "good")
 
 
 def test_on_a_loop_events_come_on_the_loop() -> None:

@@ -47,6 +47,10 @@ def post(*messages: Any) -> None:
         port().post_message(each)
 
 
+def post_what_cannot_be_loaded() -> None:
+    post(CannotBeLoaded(), "good")
+
+
 class Oops(Exception):
     def __init__(self, one: str, other: int) -> None:
         super().__init__(f"{one}, {other}")  # pickle calls it with one argument
