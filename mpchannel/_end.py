@@ -26,12 +26,13 @@ from ._kernel import (
     Socket,
     enclose,
     explain,
+    narrow,
     queued,
-    roomier,
     send_with,
     set_receive_timeout,
     wait_readable,
     wait_writable,
+    widen,
 )
 from ._overflow import Outbox
 from ._wire import (
@@ -298,12 +299,13 @@ class SocketEnd:
         self._outbox = outbox
         announced: list[int] = [] if sent is None else sent
         try:
-            with roomier(sock):
-                self._send_described(sock, (ANNOUNCEMENT.pack(ANNOUNCE, outbox.memory.inode),), numbers, announced)
-        finally:
+            widen(sock)
+            self._send_described(sock, (ANNOUNCEMENT.pack(ANNOUNCE, outbox.memory.inode),), numbers, announced)
+        finally:  # the call comes last, as a signal handler's exception may come behind it
             outbox.far_lane = None
             if not announced:
                 self._outbox = None
+            narrow(sock)
 
     def _leave_outbox(self) -> None:
         """What is posted from now on goes through the socket, behind the overflow file."""

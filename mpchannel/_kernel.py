@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, repeat, tee
-from operator import attrgetter, call, itemgetter
+from operator import attrgetter, call, itemgetter, methodcaller
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
@@ -420,15 +420,16 @@ def queued(sock: Socket) -> int:
     return int.from_bytes(fcntl.ioctl(sock.fileno(), _SIOCOUTQ, b"\0\0\0\0"), sys.byteorder)
 
 
-@contextmanager
-def roomier(sock: Socket) -> Iterator[None]:
-    """For a moment, let *sock* hold more unread packets than usual: room for a few packets that must get through."""
-    usual = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 23)  # the kernel gives what net.core.wmem_max allows
-    try:
-        yield
-    finally:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, usual // 2)  # the kernel doubles what it is told
+# Room for a few packets that must get through a full socket; and back to what sockets have from the start, so that no
+# interrupted step can make more room the usual. (The kernel gives what net.core.wmem_max allows, and doubles what it is
+# told.) Both are one call into C: in ``try: widen(sock) ... finally: narrow(sock)`` no signal handler comes in between.
+def _usual_room() -> int:
+    with socket.socket(*_kind()) as fresh:
+        return fresh.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2
+
+
+widen: Final = methodcaller("setsockopt", socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 23)
+narrow: Final = methodcaller("setsockopt", socket.SOL_SOCKET, socket.SO_SNDBUF, 0 if _lacking else _usual_room())
 
 
 def set_receive_timeout(sock: Socket, seconds: float) -> None:

@@ -23,7 +23,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
-from ._kernel import NOW, SEAL_SHRINK, SEND_NOW, Descriptors, Socket, receive_with, roomier, shut
+from ._kernel import NOW, SEAL_SHRINK, SEND_NOW, Descriptors, Socket, narrow, receive_with, shut, widen
 from ._overflow import Outbox
 
 PICKLE: Final = 0x80
@@ -90,8 +90,11 @@ def farewell(sock: Socket, outbox: Outbox | None, reason: str) -> None:
         try:
             sock.send(packet, SEND_NOW)
         except BlockingIOError:
-            with roomier(sock):
+            try:
+                widen(sock)
                 sock.send(packet, SEND_NOW)
+            finally:
+                narrow(sock)
     except OSError:
         pass  # the other end is gone, or reads nothing at all: end of file will have to do
 

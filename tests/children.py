@@ -1147,6 +1147,11 @@ class CannotBeLoaded:
         return _cannot_be_loaded, ()
 
 
+def exit_when_told(port: Port, code: int) -> None:
+    port.recv()
+    os._exit(code)
+
+
 def identity(thing: Any) -> Any:
     return thing
 

@@ -6,6 +6,8 @@ import gc
 import os
 import random
 import signal
+import socket
+import sys
 import threading
 import weakref
 import zlib
@@ -234,6 +236,49 @@ def test_a_storm_of_interrupts_on_a_posting_loop_doubles_and_corrupts_nothing(
     lost = set(range(count)) - set(got) - set(uncertain)
     assert not lost, "post_message returned, and the message did not come"
     assert interrupted > 5
+
+
+def test_an_interrupt_behind_any_call_of_a_post_leaves_the_socket_no_more_room_than_it_had() -> None:
+    # Else more messages would fit from then on, and nothing at all when they have filled that as well.
+    def room(port: Any) -> int:
+        with socket.socket(fileno=os.dup(port.fileno())) as sock:
+            return sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+
+    def post_interrupted(port: Any, behind: int) -> bool:
+        left = [behind]
+
+        def profile(frame: FrameType, event: str, _: Any) -> None:
+            if event in ("call", "c_return") and frame.f_code.co_filename.startswith(children._PACKAGE):
+                left[0] -= 1
+                if not left[0]:
+                    raise Alarm
+
+        sys.setprofile(profile)
+        try:
+            port.post_message("one more")
+        except Alarm:
+            pass
+        finally:
+            sys.setprofile(None)
+        return left[0] <= 0
+
+    near, far = mpchannel.MessageChannel()
+    fitting = 0
+    while not near._link._outbox:
+        near.post_message("one more")
+        fitting += 1
+    usual = room(near)
+    interrupted, behind = True, 0
+    while interrupted:
+        behind += 1
+        near, far = mpchannel.MessageChannel()
+        for _ in range(fitting - 1):
+            near.post_message("one more")
+        interrupted = post_interrupted(near, behind)
+        assert room(near) == usual, f"behind call {behind}"
+        near.close()
+        far.close()
+    assert behind > 50
 
 
 def test_a_storm_of_interrupts_on_moving_ports_moves_each_or_leaves_it() -> None:
