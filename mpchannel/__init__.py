@@ -9,6 +9,7 @@ port, channel           MessagePort, MessageChannel
 connection              Pipe, Connection
 reduction, process,     how ports get into other processes; the standard library's processes and contexts
 context
+ipc, _window            named channels between a parent and its children; window, a process's own message target
 worker                  Worker, parent_port, worker_data
 _forward                the rest of multiprocessing
 """
@@ -18,7 +19,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from . import _forward
+from . import _forward, ipc
+from ._window import window
 from .channel import MessageChannel, receive_message_on_port, wait
 from .context import default_context, get_context
 from .errors import (
@@ -61,9 +63,11 @@ __all__ = [
     "Worker",
     "WorkerStartError",
     "get_context",
+    "ipc",
     "parent_port",
     "receive_message_on_port",
     "wait",
+    "window",
     "worker_data",
 ]
 __all__ += [name for name in _forwarded if name not in __all__]

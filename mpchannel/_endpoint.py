@@ -187,12 +187,16 @@ class Endpoint(EventTarget, Transferable):
 
         Where they run is settled here: on the asyncio loop running in this thread, else on the delivery thread.
         """
+        self._start_at(None)
+
+    def _start_at(self, at: Home | None) -> None:
+        """``start``; where listeners run is settled by *at*, if that is usable."""
         with self.lock:
             if self._state is not State.OPEN:
                 return
             if not self._enabled or self._home is None or not self._home.usable:
                 self._enabled = True
-                self._settle_home(home())
+                self._settle_home(home() if at is None or not at.usable else at)
             self._watch()
 
     def turn(self) -> None:

@@ -30,13 +30,15 @@ class Event:
         self.target = target
 
 
-@final
 class MessageEvent(Event, Generic[T]):
-    """A message: ``data`` (the message), ``ports`` (tuple of the transferred objects, in list order)."""
+    """A message: ``data`` (the message), ``ports`` (tuple of the transferred objects, in list order). ``source`` is the
+    ``window`` it was posted to, and ``None`` for ports (HTML).
+    """
 
     __slots__ = ("data", "ports")
 
     type = "message"
+    source: Any = None
     data: T
     ports: tuple[Any, ...]
 

@@ -3,7 +3,7 @@
 Added to the standard library's: a closed or moved port among the arguments makes ``start()`` raise under fork too; the
 goodbye of the child's ports comes after its last thread has ended; under spawn and forkserver, functions and classes
 that the child could not import (of a notebook, nested ones, lambdas) go by value; and when a child cannot load what it
-was given, its ports are ``undeliverable``, and its traceback says what to do.
+was given, its ports are ``undeliverable``, and its traceback says what to do; and named channels to the parent.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import multiprocessing.queues
 import sys
 import threading
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from types import TracebackType
 from typing import Any
 
-from . import _clone
+from . import _clone, ipc
 from ._delivery import say_goodbye
 from ._given import given_ports
+from ._window import window
+from .ipc import ChildIpc
 from .queues import carry_by_value
 from .reduction import accept_arrivals, expect_arrivals, expecting_arrivals, lose_arrivals, starts_failed
 
@@ -51,16 +53,40 @@ class BaseProcess(stdlib.BaseProcess):
             if isinstance(each, multiprocessing.queues.Queue):
                 carry_by_value(each)
 
+    @cached_property  # not a property: classes of users may have an attribute of this name
+    def ipc(self) -> ChildIpc:
+        """Named channels to this process. Raises ``RuntimeError`` if it was started without (see ``mpchannel.ipc``)."""
+        if getattr(self, "_popen", None) is not None:
+            raise RuntimeError(
+                f"{self.name} was started without named channels: ask for process.ipc, or register at ipc.main, before "
+                "start()"
+            )
+        return ChildIpc(self)
+
     def start(self) -> None:
-        for port in given_ports(self):
-            port._check_movable("an argument of the process")
+        named = vars(self).pop("ipc", None)  # it stays here, with all that its listeners refer to
+        near = named if isinstance(named, ChildIpc) else ChildIpc(self) if ipc.main._listening else None
         try:
+            if near is not None:
+                self._ipc_gift = near._open()
+            for port in given_ports(self):
+                port._check_movable("an argument of the process")
             super().start()
         except BaseException:  # whatever it is, Ctrl-C too: the ports stay here, and it goes on its way
             starts_failed()
+            if near is not None:
+                near._not_opened()
             raise
+        finally:
+            vars(self).pop("_ipc_gift", None)
+            if named is not None or near is not None:
+                vars(self)["ipc"] = near if named is None else named
+        if near is not None:
+            near._opened()
 
     def _bootstrap(self, *args: Any, **options: Any) -> int:
+        window.begin_in_child()
+        ipc.begin_in_child(vars(self).pop("_ipc_gift", None))
         _started()
         try:
             code: int = super()._bootstrap(*args, **options)  # type: ignore[misc]

@@ -40,6 +40,7 @@ from .channel import MessageChannel, receive_message_on_port
 from .context import default_context
 from .errors import DataCloneError, RemoteError, WorkerStartError
 from .events import ErrorEvent, EventTarget, ExitEvent, MessageErrorEvent, MessageEvent
+from .ipc import ChildIpc
 from .port import MessagePort
 
 __all__ = ["Worker", "parent_port", "worker_data"]
@@ -58,8 +59,10 @@ class Worker(EventTarget):
     (a coroutine function: when its coroutine does), the worker lives on while it has a started, ref'd port with a
     ``message`` listener, or a ref'd worker of its own, as in Node; else it ends. It also ends when this process does.
 
-    Ports in *args* move there; those in *data* must be listed in *transfer*, which moves too. *name* is the process's,
-    *context* a context of ``get_context`` or the name of a start method.
+    Ports in *args* move there; those in *data* must be listed in *transfer*, which moves too. *preload*, a function
+    without arguments or the name of one, runs there before *target* is even loaded (Electron's preload scripts: it can
+    listen at ``ipc.parent`` and hand over to ``window``). *name* is the process's, *context* a context of
+    ``get_context`` or the name of a start method.
 
     The constructor starts the process and does not wait for it. It raises ``TypeError`` or ``ValueError`` for bad
     arguments, ``DataCloneError`` for what cannot be sent, ``OSError`` at a limit; nothing has moved then.
@@ -77,14 +80,14 @@ class Worker(EventTarget):
         *args: Any,
         data: Any = None,
         transfer: Iterable[Any] | None = (),
+        preload: Callable[[], Any] | str | None = None,
         name: str | None = None,
         context: Any = None,
     ) -> None:
         super().__init__()
-        if not callable(target) and not isinstance(target, str):
-            raise TypeError(f'target must be a callable or "package.module:function", not {target!r}')
-        if isinstance(target, str) and not all(target.partition(":")):
-            raise ValueError(f'target must name a function as "package.module:function", not {target!r}')
+        _check_function(target, "target")
+        if preload is not None:
+            _check_function(preload, "preload")
         if name is not None and not isinstance(name, str):
             raise TypeError(f"name must be a str, not {name!r}")
         if context is None or isinstance(context, str):
@@ -102,6 +105,7 @@ class Worker(EventTarget):
             self._port, theirs = undo.enter_context(MessageChannel())
             self._control, control = undo.enter_context(MessageChannel())
             self._lifeline, lifeline = undo.enter_context(MessageChannel())
+            first = _clone.pack(preload)
             work = _clone.pack((target, args), moving := _clone.Moving(None))
             for place, each in enumerate(moving.objects):
                 each._check_movable(f"port {place} in the arguments")
@@ -111,14 +115,15 @@ class Worker(EventTarget):
             packed = _clone.pack(data, _clone.Moving(listed))
             process = context.Process(target=_work, args=(theirs, control, lifeline))
             process.name = name or f"Worker-{next(_numbers)}"
+            process.ipc = self._ipc = ChildIpc(self)
             with _interrupts_held_back():
                 process.start()
                 self._process = process
                 process._worker = self  # multiprocessing holds the process until it is joined: so it goes on
                 undo.pop_all()
                 try:
-                    self._control._post(work, "given to a worker")
-                    self._control._post(packed, "given to a worker")
+                    for part in (packed, first, work):
+                        self._control._post(part, "given to a worker")
                 except BaseException:
                     process.kill()
                     raise
@@ -209,6 +214,11 @@ class Worker(EventTarget):
         if self._home is None or not self._home.usable:
             self._home, self._handle, self._watching = home(), None, False
         return self._home
+
+    @property
+    def ipc(self) -> ChildIpc:
+        """Named channels to this worker, which finds the other side at ``mpchannel.ipc.parent``."""
+        return self._ipc
 
     # The end
 
@@ -357,6 +367,13 @@ class Worker(EventTarget):
         return f"<Worker {self.name!r}, pid {self.pid}, {state}>"
 
 
+def _check_function(fn: Any, name: str) -> None:
+    if not callable(fn) and not isinstance(fn, str):
+        raise TypeError(f'{name} must be a callable or "package.module:function", not {fn!r}')
+    if isinstance(fn, str) and not all(fn.partition(":")):
+        raise ValueError(f'{name} must name a function as "package.module:function", not {fn!r}')
+
+
 def _in_words(code: int | None) -> str:
     if code is None or code >= 0:
         return f"exit code {code}"
@@ -410,10 +427,12 @@ def _work(port: AnyPort, control: AnyPort, lifeline: AnyPort) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _Self.pid, _Self.port, _Self.lifeline = os.getpid(), port, lifeline
     try:
-        target, args = control.recv()
         _Self.data = control.recv()
-        if isinstance(target, str):
-            target = _find(target)
+        preload = _found(control.recv())
+        if preload is not None and isinstance(preload(), types.CoroutineType):
+            raise TypeError("preload must not be a coroutine function: it is over before the target is loaded")
+        target, args = control.recv()
+        target = _found(target)
         control.post_message("started")
         result = target(*args)
         del target, args
@@ -435,7 +454,9 @@ def _work(port: AnyPort, control: AnyPort, lifeline: AnyPort) -> None:
         raise
 
 
-def _find(target: str) -> Any:
+def _found(target: Any) -> Any:
+    if not isinstance(target, str):
+        return target
     module, _, name = target.partition(":")
     found: Any = importlib.import_module(module)
     for part in name.split("."):
