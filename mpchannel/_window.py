@@ -2,8 +2,8 @@
 early hands a port to code that is loaded later, and neither imports the other.
 
 It is a channel whose two ends are both here: messages are copied, ports move, and listeners run where those of ports
-do, never inside ``post_message``. It keeps a ``Worker`` alive only while messages are on their way to a listener: nobody
-else can post here.
+do, never inside ``post_message``. It keeps a ``Worker`` alive only while messages are on their way to a listener, since
+nobody else can post here.
 """
 
 from __future__ import annotations
