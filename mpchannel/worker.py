@@ -96,7 +96,8 @@ class Worker(EventTarget):
         self._handle: ProcessHandle | None = None
         self._watching = False  # the home tells us, or has told us, when the process has ended
         self._told = threading.Event()  # listeners were, of how it ended
-        self._finished: list[ErrorEvent | ExitEvent] | None = None
+        self._said: list[Any] = []  # by control, once it has ended
+        self._finished: dict[str, Callable[[Worker], ErrorEvent | ExitEvent]] | None = None
         with contextlib.ExitStack() as undo:  # closes the channels if it fails
             self._port: AnyPort
             self._port, theirs = undo.enter_context(MessageChannel())
@@ -184,20 +185,23 @@ class Worker(EventTarget):
 
     def _listeners_changed(self, type: str, added: Any) -> None:
         if type in ("message", "messageerror"):
-            self._port.onmessage = self._forward if self._listeners.get("message") else None
+            listening = bool(self._listeners.get("message"))
+            self._port.onmessage = self._forward if listening else None
+            self._port.onclose = self._forward_no_more if listening else None
             self._port.onmessageerror = self._forward if self._listeners.get("messageerror") else None
         elif added is not None:
             at = self._at()
             if self._finished is None:
                 self._watch(at)
-            else:
-                for event in self._finished:
-                    if event.type == type:
-                        at.call(partial(self._emit, event, (added,)))
+            elif type in self._finished:
+                at.call(partial(self._emit, self._finished[type](self), (added,)))
 
     def _forward(self, event: MessageEvent[Any] | MessageErrorEvent) -> None:
         event.target = self
         self._emit(event, self._listeners.get(event.type, ()))
+
+    def _forward_no_more(self, _: object) -> None:
+        self._port._clear_listeners()  # a port that refers to us is a cycle
 
     def _emit(self, event: Any, row: Any) -> None:
         at = self._at()
@@ -236,8 +240,8 @@ class Worker(EventTarget):
             return
         try:
             if self._finish():
-                for event in self._finished or ():
-                    self._emit(event, self._listeners.get(event.type, ()))
+                for type, event in (self._finished or {}).items():
+                    self._emit(event(self), self._listeners.get(type, ()))
         finally:
             self._told.set()
 
@@ -248,17 +252,17 @@ class Worker(EventTarget):
             if self._finished is not None:
                 return False
             error = self._what_escaped()
-            self._finished = [] if error is None else [ErrorEvent(self, error)]
-            self._finished.append(ExitEvent(self, self.exitcode or 0))
+            self._finished = {} if error is None else {"error": partial(ErrorEvent, error=error)}
+            self._finished["exit"] = partial(ExitEvent, exitcode=self.exitcode or 0)
             return True
 
     def _what_escaped(self) -> BaseException | None:
         started = False
-        while (event := receive_message_on_port(self._control)) is not None:
-            if event.data == "started":
+        for said in self._said:
+            if said == "started":
                 started = True
                 continue
-            pickled, remote = event.data
+            pickled, remote = said
             cause = RemoteError(remote)
             if not started:
                 return _caused(WorkerStartError(f"{self.name} could not start: {remote.splitlines()[-1]}"), cause)
@@ -315,9 +319,16 @@ class Worker(EventTarget):
                 handle.close()
                 if not ended:
                     return
-            with self._reaping:
-                self._process.join()
-        self._process._worker = None
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """It has ended: keep what it said, and nothing else that is of no more use."""
+        with self._reaping:
+            self._process.join()  # multiprocessing forgets it as well
+            self._said.extend(event.data for event in iter(partial(receive_message_on_port, self._control), None))
+            self._control.close()
+            self._lifeline.close()
+            self._process._worker = None
 
     @property
     def name(self) -> str:
@@ -332,6 +343,8 @@ class Worker(EventTarget):
         """``None`` while it runs; ``-N`` if signal N ended it."""
         with self._reaping:
             code: int | None = self._process.exitcode
+            if code is not None and self._process._worker is not None:
+                self._let_go()
         return code
 
     def ref(self) -> None:

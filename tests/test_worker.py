@@ -435,6 +435,39 @@ def test_threads_that_ask_at_once_are_told_the_same(context: Any) -> None:
         assert log.wait()[0].exitcode == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("seen", ["polled", "joined", "joined and told", "told"])
+@pytest.mark.parametrize("listening", [False, True])
+def test_what_an_ended_worker_had_open_is_closed_without_a_collection(context: Any, seen: str, listening: bool) -> None:
+    gc.disable()
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        over, late = threading.Event(), threading.Event()
+        worker = Worker(workers.post_and_fail, "unread", context=context)
+        if listening:
+            worker.onmessage = print
+        if "told" in seen:
+            worker.onerror = print
+            worker.onexit = lambda event: over.set()
+        if "joined" in seen:
+            worker.join(20)
+        while "polled" in seen and worker.exitcode is None:
+            time.sleep(0.01)
+        if "told" in seen:
+            assert over.wait(20)
+        assert len(os.listdir("/proc/self/fd")) <= before + 3  # its port, and multiprocessing's sentinel
+        if not listening:
+            assert worker.recv(5) == "unread"
+        assert worker.on("error", print).on("exit", lambda event: late.set())
+        assert late.wait(20)
+        del worker
+        deadline = time.monotonic() + 5
+        while len(os.listdir("/proc/self/fd")) > before:  # the delivery thread may still be on its way out of it
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        gc.enable()
+
+
 def test_two_hundred_starts_and_ends_leave_nothing() -> None:
     for number in range(200):
         worker = Worker(workers.echo, context="fork")

@@ -47,6 +47,11 @@ def post(*messages: Any) -> None:
         port().post_message(each)
 
 
+def post_and_fail(*messages: Any) -> None:
+    post(*messages)
+    fail(LookupError())
+
+
 def post_what_cannot_be_loaded() -> None:
     post(CannotBeLoaded(), "good")
 
