@@ -239,22 +239,24 @@ class Worker(EventTarget):
             at.call(self.turn)  # its last messages first
             return
         try:
-            if self._finish():
-                for type, event in (self._finished or {}).items():
-                    self._emit(event(self), self._listeners.get(type, ()))
+            for event, row in self._finish():
+                self._emit(event, row)
         finally:
             self._told.set()
 
-    def _finish(self) -> bool:
-        """Find out how it ended. Whether this was the first time."""
+    def _finish(self) -> list[tuple[ErrorEvent | ExitEvent, Any]]:
+        """Find out how it ended, and who is to be told. (Nobody, if that was found out before.)"""
         self._reap()
-        with self.lock:
+        error = self._what_escaped()
+        found: dict[str, Callable[[Worker], ErrorEvent | ExitEvent]] = {}
+        if error is not None:
+            found["error"] = partial(ErrorEvent, error=error)
+        found["exit"] = partial(ExitEvent, exitcode=self.exitcode or 0)
+        with self.lock:  # whoever is not in these rows yet comes late
             if self._finished is not None:
-                return False
-            error = self._what_escaped()
-            self._finished = {} if error is None else {"error": partial(ErrorEvent, error=error)}
-            self._finished["exit"] = partial(ExitEvent, exitcode=self.exitcode or 0)
-            return True
+                return []
+            self._finished = found
+            return [(event(self), self._listeners.get(type, ())) for type, event in found.items()]
 
     def _what_escaped(self) -> BaseException | None:
         started = False

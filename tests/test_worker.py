@@ -180,6 +180,31 @@ def test_odd_exceptions_are_told_as_well(context: Any, name: str, kind: type[Bas
     assert end.exitcode == 1
 
 
+def test_an_exception_that_listens_while_it_is_loaded_is_told_to_each_once(context: Any) -> None:
+    worker = Worker(workers.fail, workers.AsksWhoLoadsIt(), context=context)
+    heard: list[Any] = []
+    free: list[bool] = []
+
+    def ask() -> None:
+        worker.on("exit", heard.append).on("error", heard.append)
+        thread = threading.Thread(target=worker.on, args=("error", heard.append), daemon=True)
+        thread.start()
+        thread.join(2)
+        free.append(not thread.is_alive())  # else a lock is held while this runs
+
+    workers.AsksWhoLoadsIt.ask = staticmethod(ask)
+    try:
+        with ending(worker, 1):
+            error, end = Log(worker, "error").wait()
+            worker.join(20)
+    finally:
+        del workers.AsksWhoLoadsIt.ask
+    assert type(error.error) is workers.AsksWhoLoadsIt
+    assert free == [True]
+    assert [event.type for event in heard] == ["error", "exit"]
+    assert end.exitcode == 1
+
+
 def test_the_exit_is_told_although_the_loop_that_got_messages_is_closed() -> None:
     worker = Worker(workers.give_back, [], data={"ports": []})
 

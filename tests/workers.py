@@ -71,6 +71,16 @@ class Refuses(Exception):
         raise AttributeError(name)
 
 
+class AsksWhoLoadsIt(Exception):
+    ask = staticmethod(int)
+
+    def __setstate__(self, _: Any) -> None:
+        self.ask()
+
+    def __reduce__(self) -> Any:
+        return type(self), (), 1
+
+
 class Base(BaseException):
     pass
 
