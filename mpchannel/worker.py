@@ -307,8 +307,9 @@ class Worker(EventTarget):
         *timeout* seconds. ``exitcode`` tells whether it has ended."""
         deadline = None if timeout is None else time.monotonic() + timeout
         self._reap(timeout)
-        if self._home is delivery_thread and self._watching and not delivery_thread.here:
-            self._told.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        if self._home is delivery_thread and (self._watching or self._finished) and not delivery_thread.here:
+            self._told.wait(_left(deadline))
+            delivery_thread.catch_up(_left(deadline))
 
     def _reap(self, timeout: float | None = None) -> None:
         if self.exitcode is None:
@@ -370,6 +371,10 @@ class Worker(EventTarget):
     def __repr__(self) -> str:
         state = "running" if self.exitcode is None else _in_words(self.exitcode)
         return f"<Worker {self.name!r}, pid {self.pid}, {state}>"
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
 def _in_words(code: int | None) -> str:
@@ -487,8 +492,5 @@ def _listening() -> bool:
 
 def _at_rest() -> bool:
     """Wait for a listener that is running. Whether nothing was begun by it."""
-    done = threading.Event()
-    if delivery_thread.running and not delivery_thread.here:
-        delivery_thread.call(done.set)
-        done.wait()
+    delivery_thread.catch_up()
     return not _listening()

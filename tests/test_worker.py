@@ -305,6 +305,23 @@ def test_join_waits_until_listeners_were_told(context: Any) -> None:
         assert [event.type for event in events] == ["message", "exit"]
 
 
+def test_join_waits_until_late_listeners_were_told(context: Any) -> None:
+    worker = Worker(workers.fail, context=context)
+    worker.join(20)
+    heard: list[str] = []
+
+    def hear(event: Any) -> None:
+        time.sleep(0.2)
+        heard.append(event.type)
+
+    for type in ("error", "exit"):
+        worker.on(type, hear)
+        worker.join(20)
+        assert heard.pop() == type
+    worker.on("error", lambda event: hear(event)).join(20)
+    assert heard == ["error"]
+
+
 # Lifetime
 
 
