@@ -97,7 +97,7 @@ class Worker(EventTarget):
         self._watching = False  # the home tells us, or has told us, when the process has ended
         self._told = threading.Event()  # listeners were, of how it ended
         self._said: list[Any] = []  # by control, once it has ended
-        self._finished: dict[str, Callable[[Worker], ErrorEvent | ExitEvent]] | None = None
+        self._finished: dict[str, partial[Any]] = {}  # makes the events; empty until it is known how it ended
         with contextlib.ExitStack() as undo:  # closes the channels if it fails
             self._port: AnyPort
             self._port, theirs = undo.enter_context(MessageChannel())
@@ -190,11 +190,10 @@ class Worker(EventTarget):
             self._port.onclose = self._forward_no_more if listening else None
             self._port.onmessageerror = self._forward if self._listeners.get("messageerror") else None
         elif added is not None:
-            at = self._at()
-            if self._finished is None:
-                self._watch(at)
-            elif type in self._finished:
-                at.call(partial(self._emit, self._finished[type](self), (added,)))
+            if self._finished:
+                self._tell(type, (added,))
+            else:
+                self._watch(self._at())
 
     def _forward(self, event: MessageEvent[Any] | MessageErrorEvent) -> None:
         event.target = self
@@ -239,24 +238,26 @@ class Worker(EventTarget):
             at.call(self.turn)  # its last messages first
             return
         try:
-            for event, row in self._finish():
-                self._emit(event, row)
+            self._finish()
         finally:
             self._told.set()
 
-    def _finish(self) -> list[tuple[ErrorEvent | ExitEvent, Any]]:
-        """Find out how it ended, and who is to be told. (Nobody, if that was found out before.)"""
+    def _finish(self) -> None:
+        """Find out how it ended, and tell who listens."""
         self._reap()
         error = self._what_escaped()
-        found: dict[str, Callable[[Worker], ErrorEvent | ExitEvent]] = {}
-        if error is not None:
-            found["error"] = partial(ErrorEvent, error=error)
+        found: dict[str, partial[Any]] = {} if error is None else {"error": partial(ErrorEvent, error=error)}
         found["exit"] = partial(ExitEvent, exitcode=self.exitcode or 0)
-        with self.lock:  # whoever is not in these rows yet comes late
-            if self._finished is not None:
-                return []
-            self._finished = found
-            return [(event(self), self._listeners.get(type, ())) for type, event in found.items()]
+        with self.lock:
+            if not self._finished:
+                rows, self._finished = self._listeners.copy(), found  # whoever is in no row yet comes late
+                for type in found:
+                    self._tell(type, rows.get(type, ()))
+
+    def _tell(self, type: str, row: Any) -> None:
+        """How it ended: each listener by itself, so that what one raises, maybe to end the loop, costs no other one."""
+        for each in row if type in self._finished else ():
+            self._at().call(partial(self._emit, self._finished[type](self), (each,)))
 
     def _what_escaped(self) -> BaseException | None:
         started = False

@@ -205,6 +205,23 @@ def test_an_exception_that_listens_while_it_is_loaded_is_told_to_each_once(conte
     assert end.exitcode == 1
 
 
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_a_listener_that_ends_the_loop_costs_no_other_listener_its_event(kind: type[BaseException]) -> None:
+    heard: list[Any] = []
+
+    async def main() -> None:
+        def end_the_loop(event: Any) -> None:
+            raise kind
+
+        worker = Worker(workers.fail)
+        worker.on("error", end_the_loop).on("error", heard.append).on("exit", heard.append)
+        await asyncio.sleep(20)
+
+    with pytest.raises(kind):
+        asyncio.run(main())
+    assert [event.type for event in heard] == ["error", "exit"]
+
+
 def test_the_exit_is_told_although_the_loop_that_got_messages_is_closed() -> None:
     worker = Worker(workers.give_back, [], data={"ports": []})
 
