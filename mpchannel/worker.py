@@ -37,7 +37,7 @@ from ._delivery import Home, delivery_thread, home
 from ._kernel import ProcessHandle, end_with
 from ._link import open_links
 from .channel import MessageChannel, receive_message_on_port
-from .context import default_context
+from .context import default_context, start_helpers
 from .errors import DataCloneError, RemoteError, WorkerStartError
 from .events import ErrorEvent, EventTarget, ExitEvent, MessageErrorEvent, MessageEvent
 from .port import MessagePort
@@ -112,7 +112,7 @@ class Worker(EventTarget):
             packed = _clone.pack(data, _clone.Moving(listed))
             process = context.Process(target=_work, args=(theirs, control, lifeline))
             process.name = name or f"Worker-{next(_numbers)}"
-            with _interrupts_held_back():
+            with _interrupts_held_back(context.get_start_method()):
                 process.start()
                 self._process = process
                 process._worker = self  # multiprocessing holds the process until it is joined: so it goes on
@@ -393,8 +393,9 @@ def _caused(error: BaseException, cause: BaseException) -> BaseException:
 
 
 @contextlib.contextmanager
-def _interrupts_held_back() -> Iterator[None]:
+def _interrupts_held_back(method: str) -> Iterator[None]:
     """A Ctrl-C comes behind a start, not in its midst; and not to a worker that has not left this group yet."""
+    start_helpers(method)  # a fork server passes on what is blocked when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -471,6 +471,32 @@ def test_no_worker_and_no_process_of_one_outlives_the_parent(start_method: str, 
         assert program.stderr.read() == ""
 
 
+@pytest.mark.parametrize("first", ["pass", "multiprocessing.resource_tracker.ensure_running()"])
+def test_an_interrupt_is_held_back_by_the_very_first_start_and_by_nothing_after_it(
+    start_method: str, first: str
+) -> None:
+    done = run_script(
+        f"""
+        import multiprocessing.resource_tracker
+        import mpchannel
+        from tests import workers
+
+        {first}
+        context = mpchannel.get_context("{start_method}")
+        start = context.Process.start
+        context.Process.start = lambda process: (start(process), workers.tell_whether_interrupts_are_held_back())
+        mpchannel.Worker(workers.tell_whether_interrupts_are_held_back, context=context).join(20)
+        workers.tell_whether_interrupts_are_held_back()
+        context.Process.start = start
+        process = context.Process(target=workers.tell_whether_interrupts_are_held_back)
+        process.start()
+        process.join()
+        """
+    )
+    assert done.stderr == ""
+    assert done.stdout.split() == ["True", "False", "False", "False"]
+
+
 def _is_running(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as file:

@@ -161,6 +161,10 @@ def talk(channel: Any) -> None:
         channel.post_message(message)
 
 
+def tell_whether_interrupts_are_held_back() -> None:
+    print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()), flush=True)
+
+
 def ask_in_a_forked_process() -> None:
     results, into = mpchannel.Pipe(False)
     process = mpchannel.get_context("fork").Process(target=tell_what_is_here, args=(into,))
