@@ -279,10 +279,11 @@ class Worker(EventTarget):
         text = f"{self.name} ended ({_in_words(code)}) before it could look for its target"
         if code < 0:
             return WorkerStartError(text)
-        return WorkerStartError(
-            f"{text}; what it says itself stands on stderr. Is the main module importable, and are workers started "
-            'only under `if __name__ == "__main__":`?'
-        )
+        text += '. Is the main module importable, and are workers started only under `if __name__ == "__main__":`?'
+        end = self._control._end
+        if end is not None and end.why:
+            return _caused(WorkerStartError(f"{text} {end.why.splitlines()[-1]}"), RemoteError(end.why))
+        return WorkerStartError(f"{text} What it says itself stands on stderr.")
 
     def terminate(self) -> None:
         """SIGTERM to the worker and the processes of its group; SIGKILL to them if the worker itself still runs a

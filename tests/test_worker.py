@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -252,21 +253,33 @@ def test_a_worker_that_cannot_start_says_why(context: Any, make: Callable[[Any],
     assert end.exitcode == 1
 
 
-def test_a_main_module_that_cannot_be_imported_is_an_error_and_no_hang() -> None:
-    done = run_script(
-        """
-        import os, subprocess, sys, tempfile
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "script.py")
-            with open(path, "w") as file:
-                file.write("import mpchannel\\nw = mpchannel.Worker(print, context='spawn')\\nw.join(20)\\n"
-                           "import threading; over = threading.Event()\\n"
-                           "w.onerror = lambda e: print(type(e.error).__name__, '__main__' in str(e.error))\\n"
-                           "w.onexit = lambda e: over.set()\\nover.wait(20)\\n")
-            sys.exit(subprocess.run([sys.executable, path], check=False).returncode)
-        """
-    )
-    assert done.stdout == "WorkerStartError True\n"
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"], indirect=True)
+@pytest.mark.parametrize("first", ["", "if __name__ != '__main__': raise LookupError('not here')"])
+def test_a_main_module_that_cannot_be_imported_is_an_error_with_its_traceback(
+    start_method: str, first: str, tmp_path: Path
+) -> None:
+    script = f"""
+        {first}
+        import mpchannel
+
+        context = mpchannel.get_context("{start_method}")
+        context.set_forkserver_preload([])
+        worker = mpchannel.Worker(print, context=context)
+        worker.onerror = lambda event: print(repr(event.error), repr(event.error.__cause__), sep="\\n")
+        worker.join(20)
+    """
+    (tmp_path / "script.py").write_text(textwrap.dedent(script))
+    program = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60, env=script_environment(), check=False)
+    error, cause = done.stdout.splitlines()
+    assert error.startswith("WorkerStartError(")
+    assert "__main__" in error
+    assert cause.startswith("RemoteError(")
+    assert "Traceback" in cause
+    assert "script.py" in cause
+    if first:
+        assert error.rstrip("')\"").endswith("LookupError: not here")
+    assert done.stderr.count("Traceback") == 1  # there too, from the child itself
 
 
 @pytest.mark.parametrize(
