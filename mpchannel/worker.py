@@ -286,23 +286,22 @@ class Worker(EventTarget):
         return WorkerStartError(f"{text} What it says itself stands on stderr.")
 
     def terminate(self) -> None:
-        """SIGTERM to the worker and the processes of its group; SIGKILL to them if the worker itself still runs a
-        second later. Does not wait: ``join`` does."""
+        """SIGTERM to the worker and the processes of its group; SIGKILL to those that are left a second later.
+        Does nothing once the worker has ended. Does not wait: ``join`` does, for the worker itself."""
         self._terminated = True
-        self._signal(signal.SIGTERM)
         if self.exitcode is None:
+            self._signal(signal.SIGTERM)
             delivery_thread.call_later(_GRACE, partial(self._signal, signal.SIGKILL))
 
     def _signal(self, number: int) -> None:
-        if self.exitcode is not None:
-            return
-        try:
-            os.killpg(self._process.pid, number)
-        except ProcessLookupError:  # it leads no group yet
+        with contextlib.suppress(ProcessLookupError):
+            if self.exitcode is not None and _exists(self.pid):
+                return  # its number is somebody else's by now; as long as its group has members, it cannot be
             try:
-                os.kill(self._process.pid, number)
+                os.killpg(self.pid, number)
             except ProcessLookupError:
-                pass  # it ended this very moment
+                if self.exitcode is None:  # it leads no group yet
+                    os.kill(self.pid, number)
 
     def join(self, timeout: float | None = None) -> None:
         """Wait until the worker has ended, and listeners that run on the delivery thread were told so; at most
@@ -373,6 +372,14 @@ class Worker(EventTarget):
     def __repr__(self) -> str:
         state = "running" if self.exitcode is None else _in_words(self.exitcode)
         return f"<Worker {self.name!r}, pid {self.pid}, {state}>"
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.getpgid(pid)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _left(deadline: float | None) -> float | None:

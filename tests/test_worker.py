@@ -12,7 +12,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -419,6 +419,20 @@ def test_terminate_ends_a_worker_that_ignores_it(context: Any) -> None:
     assert [event.type for event in log.wait()] == ["exit"]
     assert "killed by SIGKILL" in repr(worker)
     worker.terminate()  # again: nothing
+
+
+def test_terminate_ends_what_ignores_it_although_the_worker_does_not(context: Any) -> None:
+    with Worker(workers.leave_one_that_ignores_sigterm, context=context) as worker:
+        left = worker.recv(20)
+    try:
+        assert worker.exitcode == -signal.SIGTERM
+        deadline = time.monotonic() + 5
+        while _is_running(left):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(left, signal.SIGKILL)
 
 
 def test_a_worker_that_is_ended_before_it_began(context: Any) -> None:

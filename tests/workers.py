@@ -137,6 +137,15 @@ def ignore_sigterm() -> None:
     be_busy()
 
 
+def leave_one_that_ignores_sigterm() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    process = mpchannel.get_context("fork").Process(target=signal.pause)
+    process.start()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    post(process.pid)
+    be_busy()
+
+
 def found_a_family() -> None:
     """Be busy, with a worker and a process that are busy as well; post their process ids."""
     warnings.simplefilter("error")
