@@ -238,9 +238,12 @@ class _DeliveryThread:
         if not thread.is_alive():
             _await_end_of(thread)
 
-    @property
-    def running(self) -> bool:
-        return self._thread is not None
+    def catch_up(self, timeout: float | None = None) -> None:
+        """Wait until what the thread was called for before has run, at most *timeout* seconds."""
+        if self._thread is not None and not self.here:
+            done = threading.Event()
+            self.call(done.set)
+            done.wait(timeout)
 
     @property
     def stopped(self) -> bool:

@@ -22,12 +22,16 @@ def pack_error(error: BaseException) -> Packed:
 def unpack_error(packed: Packed) -> BaseException:
     """The exception, with the remote traceback as its ``__cause__`` (a ``RemoteError``); or that itself."""
     pickled, text = packed
-    cause = RemoteError(text)
-    if pickled is None:
-        return cause
-    try:
-        error: BaseException = _clone.loads(pickled)
-        BaseException.__setattr__(error, "__cause__", cause)  # past what its class makes of it
-    except BaseException:  # whatever its class makes of it, SystemExit too: the text is what is left
-        return cause
+    if pickled is not None:
+        try:
+            error: BaseException = _clone.loads(pickled)
+            return caused(error, text)
+        except BaseException:  # whatever its class makes of it, SystemExit too: the text is what is left
+            pass
+    return RemoteError(text)
+
+
+def caused(error: BaseException, text: str) -> BaseException:
+    """*error*, with a remote traceback as its ``__cause__``."""
+    BaseException.__setattr__(error, "__cause__", RemoteError(text))  # past what its class makes of it
     return error

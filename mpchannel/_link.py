@@ -258,7 +258,8 @@ class Link(SocketEnd):
             self._socket()  # raises if it was closed or moved away here, while we looked at it
             return End("died", self.peer_pid)
         _, reason, pid = PROCESS.unpack_from(buffer)
-        return End(REASONS[min(reason, len(REASONS) - 1)], pid)
+        why = bytes(buffer[PROCESS.size : size]).decode(errors="replace")
+        return End(REASONS[min(reason, len(REASONS) - 1)], pid, why)
 
     def _set_pace(self) -> None:
         # Without a call: what a signal handler sets meanwhile must not be overwritten.

@@ -8,7 +8,8 @@ By the first byte:
                  that comes along; more descriptors than one packet holds come in an envelope, a socket of their own
     ANNOUNCE     (descriptors) an overflow file; it stays at the head of the queue until the file is read, so the
                  socket stays readable and a travelling link needs nothing else
-    CLOSE        the other end says goodbye: reason and process. End of file without it: its holder died
+    CLOSE        the other end says goodbye: reason and process, and maybe in words why. End of file without it: its
+                 holder died
     HELD         the other end is now held by that process
     others       packets that ``_clone`` made, whole
 
@@ -39,6 +40,7 @@ packets put back."""
 
 REASONS: Final = ("closed", "collected", "exited", "died", "undeliverable")
 
+_WHY_MAX: Final = 1 << 15  # bytes; of a traceback, the end matters
 _MAP_FROM: Final = 1 << 20  # below, reading costs less than mapping and its page faults
 
 
@@ -47,6 +49,7 @@ class End(NamedTuple):
 
     reason: str
     pid: int | None
+    why: str = ""  # the traceback, if it was lost in a process that could not start
 
 
 class Parcel(NamedTuple):
@@ -82,8 +85,8 @@ def unwrap(packet: memoryview, descriptors: Descriptors) -> Parcel:
     return Parcel(body, descriptors)
 
 
-def farewell(sock: Socket, outbox: Outbox | None, reason: str) -> None:
-    packet = PROCESS.pack(CLOSE, REASONS.index(reason), os.getpid())
+def farewell(sock: Socket, outbox: Outbox | None, reason: str, why: str = "") -> None:
+    packet = PROCESS.pack(CLOSE, REASONS.index(reason), os.getpid()) + why.encode(errors="replace")[-_WHY_MAX:]
     try:
         if outbox is not None:
             outbox.seal()
@@ -124,9 +127,9 @@ def unread(sock: Socket, described: bool) -> Iterator[Descriptors]:
             return
 
 
-def lose(sock: Socket) -> Iterator[Descriptors]:
+def lose(sock: Socket, why: str = "") -> Iterator[Descriptors]:
     """Nobody will ever receive this socket: tell the other end; and give what was queued in it."""
-    farewell(sock, None, "undeliverable")
+    farewell(sock, None, "undeliverable", why)
     shut(sock)
     return unread(sock, described=True)
 

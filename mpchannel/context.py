@@ -6,9 +6,13 @@ uses, and setting a start method there changes nothing here.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.context as stdlib
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import sys
+from collections.abc import Iterator
 from typing import Any, Final
 
 from . import _clone, connection, process, queues
@@ -66,10 +70,32 @@ class ForkServerProcess(_OfOneMethod, stdlib.ForkServerProcess):
 
 
 def _launch(make: Any, process_obj: Any) -> Any:
-    """Start a process that is pickled.
+    """Start a process that is pickled."""
+    name = process_obj._name
+    process_obj._name = starting = StartingName(name)
+    starting.method = default_context.current._name
+    try:
+        with _undisturbed():
+            return make(process_obj)
+    finally:
+        process_obj._name = name
 
-    The standard library settles its default context thereby: it is left as it was. And it has the child run the main
-    module's file, which a script piped into Python has not.
+
+def start_helpers(method: str) -> None:
+    """Start what processes of *method* need beside them. (Else the first start does, and lets SIGINT through then.)"""
+    if method != "fork":
+        multiprocessing.resource_tracker.ensure_running()
+    if method == "forkserver":
+        with _undisturbed():
+            multiprocessing.forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """While the standard library describes this process to another one.
+
+    It settles its default context thereby: it is left as it was. And it has the other run the main module's file, which
+    a script piped into Python has not.
     """
     main = sys.modules["__main__"]
     piped = vars(main).get("__file__") == _clone.STDIN
@@ -77,13 +103,9 @@ def _launch(make: Any, process_obj: Any) -> Any:
         del main.__file__
     theirs: Any = stdlib._default_context
     unset = theirs._actual_context is None
-    name = process_obj._name
-    process_obj._name = starting = StartingName(name)
-    starting.method = default_context.current._name
     try:
-        return make(process_obj)
+        yield
     finally:
-        process_obj._name = name
         if piped:
             main.__file__ = _clone.STDIN
         if unset and theirs._actual_context is theirs._default_context:

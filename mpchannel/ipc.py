@@ -32,7 +32,7 @@ from ._delivery import Home, delivery_thread, home
 from ._failure import pack_error, unpack_error
 from .channel import MessageChannel
 from .errors import DataCloneError, PortClosedError
-from .events import Event, EventTarget, MessageEvent
+from .events import CloseEvent, Event, EventTarget, MessageEvent
 from .port import MessagePort
 
 __all__ = ["IpcEvent", "main", "parent"]
@@ -285,16 +285,23 @@ class ChildIpc(_Answering, _End):
 
     def _attend(self, at: Home | None = None) -> None:
         super()._attend(at)
-        port, quiet = self._port, self._quiet
-        if port is not None and self._attended and self._attended_child is None and not port.closed:
+        port = self._port
+        if port is None or not self._attended:
+            return
+        self._break_silence()
+        if self._attended_child is None and not port.closed:
             self._attended_child = self._child()
             port.once("close", self._over)
-        if quiet is not None and self._attended:
-            quiet.close()
+
+    def _break_silence(self) -> None:
+        """Nobody has to know any more whether somebody listens here."""
+        if self._quiet is not None:
+            self._quiet.close()
             self._quiet = None
 
-    def _over(self, _: object) -> None:
+    def _over(self, event: CloseEvent) -> None:
         self._attended_child = None
+        event.target._clear_listeners()  # a port that refers to us is a cycle
 
     @property
     def _attended(self) -> bool:

@@ -13,6 +13,7 @@ import multiprocessing.process as stdlib
 import multiprocessing.queues
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from functools import cached_property, partial
 from types import TracebackType
@@ -137,7 +138,7 @@ def _cannot_start(
         before(kind, error, trace)
         return
     sys.excepthook = before
-    lose_arrivals()
+    lose_arrivals("".join(traceback.format_exception(kind, error, trace)))
     error.add_note(
         f"{name} could not start: what it was given could not be loaded in the new process. It imports the main module "
         'first: that must be importable, start processes only under `if __name__ == "__main__":`, and what it '

@@ -195,12 +195,14 @@ def accept_arrivals() -> None:
     _arrivals = None
 
 
-def lose_arrivals() -> None:
-    """The child cannot start: what it was given is undeliverable."""
+def lose_arrivals(why: str) -> None:
+    """The child cannot start: what it was given is undeliverable. *why* goes to the other ends of what it has not
+    loaded yet.
+    """
     for port in _arrivals or ():
         port._undelivered()
     for sock in _kernel.marked_sockets():
-        bounce(lose(sock))
+        bounce(lose(sock, why))
 
 
 multiprocessing.reduction.register(MessagePort, _reduce_port)

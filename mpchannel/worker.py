@@ -26,7 +26,6 @@ import os
 import signal
 import threading
 import time
-import traceback
 import types
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -34,11 +33,12 @@ from typing import Any, Final, Self
 
 from . import _clone, _endpoint
 from ._delivery import Home, delivery_thread, home
+from ._failure import caused, pack_error, unpack_error
 from ._kernel import ProcessHandle, end_with
 from ._link import open_links
 from .channel import MessageChannel, receive_message_on_port
-from .context import default_context
-from .errors import DataCloneError, RemoteError, WorkerStartError
+from .context import default_context, start_helpers
+from .errors import DataCloneError, WorkerStartError
 from .events import ErrorEvent, EventTarget, ExitEvent, MessageErrorEvent, MessageEvent
 from .ipc import ChildIpc
 from .port import MessagePort
@@ -99,7 +99,8 @@ class Worker(EventTarget):
         self._handle: ProcessHandle | None = None
         self._watching = False  # the home tells us, or has told us, when the process has ended
         self._told = threading.Event()  # listeners were, of how it ended
-        self._finished: list[ErrorEvent | ExitEvent] | None = None
+        self._said: list[Any] = []  # by control, once it has ended
+        self._finished: dict[str, partial[Any]] = {}  # makes the events; empty until it is known how it ended
         with contextlib.ExitStack() as undo:  # closes the channels if it fails
             self._port: AnyPort
             self._port, theirs = undo.enter_context(MessageChannel())
@@ -116,7 +117,7 @@ class Worker(EventTarget):
             process = context.Process(target=_work, args=(theirs, control, lifeline))
             process.name = name or f"Worker-{next(_numbers)}"
             process.ipc = self._ipc = ChildIpc(self)
-            with _interrupts_held_back():
+            with _interrupts_held_back(context.get_start_method()):
                 process.start()
                 self._process = process
                 process._worker = self  # multiprocessing holds the process until it is joined: so it goes on
@@ -189,20 +190,22 @@ class Worker(EventTarget):
 
     def _listeners_changed(self, type: str, added: Any) -> None:
         if type in ("message", "messageerror"):
-            self._port.onmessage = self._forward if self._listeners.get("message") else None
+            listening = bool(self._listeners.get("message"))
+            self._port.onmessage = self._forward if listening else None
+            self._port.onclose = self._forward_no_more if listening else None
             self._port.onmessageerror = self._forward if self._listeners.get("messageerror") else None
         elif added is not None:
-            at = self._at()
-            if self._finished is None:
-                self._watch(at)
+            if self._finished:
+                self._tell(type, (added,))
             else:
-                for event in self._finished:
-                    if event.type == type:
-                        at.call(partial(self._emit, event, (added,)))
+                self._watch(self._at())
 
     def _forward(self, event: MessageEvent[Any] | MessageErrorEvent) -> None:
         event.target = self
         self._emit(event, self._listeners.get(event.type, ()))
+
+    def _forward_no_more(self, _: object) -> None:
+        self._port._clear_listeners()  # a port that refers to us is a cycle
 
     def _emit(self, event: Any, row: Any) -> None:
         at = self._at()
@@ -240,79 +243,80 @@ class Worker(EventTarget):
             self._handle = None
             at.forget(handle)  # type: ignore[arg-type]
             handle.close()
-        reading = self._port._home
-        if self._listeners.get("message") and reading is not None and reading.usable and self._port._unread():
-            at.call(self.turn)  # its last messages first
-            return
+        for port in filter(None, (self._port, self._ipc._port)):
+            if port.onmessage and port._home is not None and port._home.usable and port._unread():
+                at.call(self.turn)  # its last messages first
+                return
         try:
-            if self._finish():
-                for event in self._finished or ():
-                    self._emit(event, self._listeners.get(event.type, ()))
+            self._finish()
         finally:
             self._told.set()
 
-    def _finish(self) -> bool:
-        """Find out how it ended. Whether this was the first time."""
+    def _finish(self) -> None:
+        """Find out how it ended, and tell who listens."""
         self._reap()
+        error = self._what_escaped()
+        found: dict[str, partial[Any]] = {} if error is None else {"error": partial(ErrorEvent, error=error)}
+        found["exit"] = partial(ExitEvent, exitcode=self.exitcode or 0)
         with self.lock:
-            if self._finished is not None:
-                return False
-            error = self._what_escaped()
-            self._finished = [] if error is None else [ErrorEvent(self, error)]
-            self._finished.append(ExitEvent(self, self.exitcode or 0))
-            return True
+            if not self._finished:
+                rows, self._finished = self._listeners.copy(), found  # whoever is in no row yet comes late
+                for type in found:
+                    self._tell(type, rows.get(type, ()))
+
+    def _tell(self, type: str, row: Any) -> None:
+        """How it ended: each listener by itself, so that what one raises, maybe to end the loop, costs no other one."""
+        for each in row if type in self._finished else ():
+            self._at().call(partial(self._emit, self._finished[type](self), (each,)))
 
     def _what_escaped(self) -> BaseException | None:
         started = False
-        while (event := receive_message_on_port(self._control)) is not None:
-            if event.data == "started":
+        for said in self._said:
+            if said == "started":
                 started = True
-                continue
-            pickled, remote = event.data
-            cause = RemoteError(remote)
-            if not started:
-                return _caused(WorkerStartError(f"{self.name} could not start: {remote.splitlines()[-1]}"), cause)
-            try:
-                return _caused(_clone.loads(pickled), cause)
-            except BaseException:  # whatever its class makes of it, SystemExit too: the text is what is left
-                return cause
+            elif started:
+                return unpack_error(said)
+            else:
+                text = said[1]
+                return caused(WorkerStartError(f"{self.name} could not start: {text.splitlines()[-1]}"), text)
         if started or self._terminated:
             return None
         code = self.exitcode or 0
         text = f"{self.name} ended ({_in_words(code)}) before it could look for its target"
         if code < 0:
             return WorkerStartError(text)
-        return WorkerStartError(
-            f"{text}; what it says itself stands on stderr. Is the main module importable, and are workers started "
-            'only under `if __name__ == "__main__":`?'
-        )
+        text += '. Is the main module importable, and are workers started only under `if __name__ == "__main__":`?'
+        end = self._control._end
+        if end is not None and end.why:
+            return caused(WorkerStartError(f"{text} {end.why.splitlines()[-1]}"), end.why)
+        return WorkerStartError(f"{text} What it says itself stands on stderr.")
 
     def terminate(self) -> None:
-        """SIGTERM to the worker and the processes of its group; SIGKILL to them if the worker itself still runs a
-        second later. Does not wait: ``join`` does."""
+        """SIGTERM to the worker and the processes of its group; SIGKILL to those that are left a second later.
+        Does nothing once the worker has ended. Does not wait: ``join`` does, for the worker itself."""
         self._terminated = True
-        self._signal(signal.SIGTERM)
         if self.exitcode is None:
+            self._signal(signal.SIGTERM)
             delivery_thread.call_later(_GRACE, partial(self._signal, signal.SIGKILL))
 
     def _signal(self, number: int) -> None:
-        if self.exitcode is not None:
-            return
-        try:
-            os.killpg(self._process.pid, number)
-        except ProcessLookupError:  # it leads no group yet
+        with contextlib.suppress(ProcessLookupError):
+            if self.exitcode is not None and _exists(self.pid):
+                return  # its number is somebody else's by now; as long as its group has members, it cannot be
             try:
-                os.kill(self._process.pid, number)
+                os.killpg(self.pid, number)
             except ProcessLookupError:
-                pass  # it ended this very moment
+                if self.exitcode is None:  # it leads no group yet
+                    os.kill(self.pid, number)
 
     def join(self, timeout: float | None = None) -> None:
         """Wait until the worker has ended, and listeners that run on the delivery thread were told so; at most
         *timeout* seconds. ``exitcode`` tells whether it has ended."""
         deadline = None if timeout is None else time.monotonic() + timeout
         self._reap(timeout)
-        if self._home is delivery_thread and self._watching and not delivery_thread.here:
-            self._told.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        if self._home is delivery_thread and (self._watching or self._finished) and not delivery_thread.here:
+            self._told.wait(_left(deadline))
+            delivery_thread.catch_up(_left(deadline))
 
     def _reap(self, timeout: float | None = None) -> None:
         if self.exitcode is None:
@@ -325,9 +329,17 @@ class Worker(EventTarget):
                 handle.close()
                 if not ended:
                     return
-            with self._reaping:
-                self._process.join()
-        self._process._worker = None
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """It has ended: keep what it said, and nothing else that is of no more use."""
+        with self._reaping:
+            self._process.join()  # multiprocessing forgets it as well
+            self._said.extend(event.data for event in iter(partial(receive_message_on_port, self._control), None))
+            self._control.close()
+            self._lifeline.close()
+            self._ipc._break_silence()
+            self._process._worker = None
 
     @property
     def name(self) -> str:
@@ -342,6 +354,8 @@ class Worker(EventTarget):
         """``None`` while it runs; ``-N`` if signal N ended it."""
         with self._reaping:
             code: int | None = self._process.exitcode
+            if code is not None and self._process._worker is not None:
+                self._let_go()
         return code
 
     def ref(self) -> None:
@@ -374,6 +388,18 @@ def _check_function(fn: Any, name: str) -> None:
         raise ValueError(f'{name} must name a function as "package.module:function", not {fn!r}')
 
 
+def _exists(pid: int) -> bool:
+    try:
+        os.getpgid(pid)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
 def _in_words(code: int | None) -> str:
     if code is None or code >= 0:
         return f"exit code {code}"
@@ -383,14 +409,10 @@ def _in_words(code: int | None) -> str:
         return f"killed by signal {-code}"
 
 
-def _caused(error: BaseException, cause: BaseException) -> BaseException:
-    BaseException.__setattr__(error, "__cause__", cause)  # past what its class makes of it
-    return error
-
-
 @contextlib.contextmanager
-def _interrupts_held_back() -> Iterator[None]:
+def _interrupts_held_back(method: str) -> Iterator[None]:
     """A Ctrl-C comes behind a start, not in its midst; and not to a worker that has not left this group yet."""
+    start_helpers(method)  # a fork server passes on what is blocked when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -445,12 +467,7 @@ def _work(port: AnyPort, control: AnyPort, lifeline: AnyPort) -> None:
     except SystemExit:
         raise
     except BaseException as error:
-        remote = traceback.format_exc()
-        try:
-            pickled: bytes | None = _clone.dumps(error)
-        except Exception:  # whatever its class makes of it: the text is enough
-            pickled = None
-        control.post_message((pickled, remote))
+        control.post_message(pack_error(error))
         raise
 
 
@@ -493,8 +510,5 @@ def _listening() -> bool:
 
 def _at_rest() -> bool:
     """Wait for a listener that is running. Whether nothing was begun by it."""
-    done = threading.Event()
-    if delivery_thread.running and not delivery_thread.here:
-        delivery_thread.call(done.set)
-        done.wait()
+    delivery_thread.catch_up()
     return not _listening()

@@ -12,7 +12,8 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -180,6 +181,48 @@ def test_odd_exceptions_are_told_as_well(context: Any, name: str, kind: type[Bas
     assert end.exitcode == 1
 
 
+def test_an_exception_that_listens_while_it_is_loaded_is_told_to_each_once(context: Any) -> None:
+    worker = Worker(workers.fail, workers.AsksWhoLoadsIt(), context=context)
+    heard: list[Any] = []
+    free: list[bool] = []
+
+    def ask() -> None:
+        worker.on("exit", heard.append).on("error", heard.append)
+        thread = threading.Thread(target=worker.on, args=("error", heard.append), daemon=True)
+        thread.start()
+        thread.join(2)
+        free.append(not thread.is_alive())  # else a lock is held while this runs
+
+    workers.AsksWhoLoadsIt.ask = staticmethod(ask)
+    try:
+        with ending(worker, 1):
+            error, end = Log(worker, "error").wait()
+            worker.join(20)
+    finally:
+        del workers.AsksWhoLoadsIt.ask
+    assert type(error.error) is workers.AsksWhoLoadsIt
+    assert free == [True]
+    assert [event.type for event in heard] == ["error", "exit"]
+    assert end.exitcode == 1
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_a_listener_that_ends_the_loop_costs_no_other_listener_its_event(kind: type[BaseException]) -> None:
+    heard: list[Any] = []
+
+    async def main() -> None:
+        def end_the_loop(event: Any) -> None:
+            raise kind
+
+        worker = Worker(workers.fail)
+        worker.on("error", end_the_loop).on("error", heard.append).on("exit", heard.append)
+        await asyncio.sleep(20)
+
+    with pytest.raises(kind):
+        asyncio.run(main())
+    assert [event.type for event in heard] == ["error", "exit"]
+
+
 def test_the_exit_is_told_although_the_loop_that_got_messages_is_closed() -> None:
     worker = Worker(workers.give_back, [], data={"ports": []})
 
@@ -210,21 +253,33 @@ def test_a_worker_that_cannot_start_says_why(context: Any, make: Callable[[Any],
     assert end.exitcode == 1
 
 
-def test_a_main_module_that_cannot_be_imported_is_an_error_and_no_hang() -> None:
-    done = run_script(
-        """
-        import os, subprocess, sys, tempfile
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "script.py")
-            with open(path, "w") as file:
-                file.write("import mpchannel\\nw = mpchannel.Worker(print, context='spawn')\\nw.join(20)\\n"
-                           "import threading; over = threading.Event()\\n"
-                           "w.onerror = lambda e: print(type(e.error).__name__, '__main__' in str(e.error))\\n"
-                           "w.onexit = lambda e: over.set()\\nover.wait(20)\\n")
-            sys.exit(subprocess.run([sys.executable, path], check=False).returncode)
-        """
-    )
-    assert done.stdout == "WorkerStartError True\n"
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"], indirect=True)
+@pytest.mark.parametrize("first", ["", "if __name__ != '__main__': raise LookupError('not here')"])
+def test_a_main_module_that_cannot_be_imported_is_an_error_with_its_traceback(
+    start_method: str, first: str, tmp_path: Path
+) -> None:
+    script = f"""
+        {first}
+        import mpchannel
+
+        context = mpchannel.get_context("{start_method}")
+        context.set_forkserver_preload([])
+        worker = mpchannel.Worker(print, context=context)
+        worker.onerror = lambda event: print(repr(event.error), repr(event.error.__cause__), sep="\\n")
+        worker.join(20)
+    """
+    (tmp_path / "script.py").write_text(textwrap.dedent(script))
+    program = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60, env=script_environment(), check=False)
+    error, cause = done.stdout.splitlines()
+    assert error.startswith("WorkerStartError(")
+    assert "__main__" in error
+    assert cause.startswith("RemoteError(")
+    assert "Traceback" in cause
+    assert "script.py" in cause
+    if first:
+        assert error.rstrip("')\"").endswith("LookupError: not here")
+    assert done.stderr.count("Traceback") == 1  # there too, from the child itself
 
 
 @pytest.mark.parametrize(
@@ -278,6 +333,23 @@ def test_join_waits_until_listeners_were_told(context: Any) -> None:
         worker.onmessage = worker.onexit = events.append
         worker.join(20)
         assert [event.type for event in events] == ["message", "exit"]
+
+
+def test_join_waits_until_late_listeners_were_told(context: Any) -> None:
+    worker = Worker(workers.fail, context=context)
+    worker.join(20)
+    heard: list[str] = []
+
+    def hear(event: Any) -> None:
+        time.sleep(0.2)
+        heard.append(event.type)
+
+    for type in ("error", "exit"):
+        worker.on(type, hear)
+        worker.join(20)
+        assert heard.pop() == type
+    worker.on("error", lambda event: hear(event)).join(20)
+    assert heard == ["error"]
 
 
 # Lifetime
@@ -349,6 +421,20 @@ def test_terminate_ends_a_worker_that_ignores_it(context: Any) -> None:
     worker.terminate()  # again: nothing
 
 
+def test_terminate_ends_what_ignores_it_although_the_worker_does_not(context: Any) -> None:
+    with Worker(workers.leave_one_that_ignores_sigterm, context=context) as worker:
+        left = worker.recv(20)
+    try:
+        assert worker.exitcode == -signal.SIGTERM
+        deadline = time.monotonic() + 5
+        while _is_running(left):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(left, signal.SIGKILL)
+
+
 def test_a_worker_that_is_ended_before_it_began(context: Any) -> None:
     with Worker(workers.echo, context=context) as worker:
         pass
@@ -412,6 +498,32 @@ def test_no_worker_and_no_process_of_one_outlives_the_parent(start_method: str, 
         assert program.stderr.read() == ""
 
 
+@pytest.mark.parametrize("first", ["pass", "multiprocessing.resource_tracker.ensure_running()"])
+def test_an_interrupt_is_held_back_by_the_very_first_start_and_by_nothing_after_it(
+    start_method: str, first: str
+) -> None:
+    done = run_script(
+        f"""
+        import multiprocessing.resource_tracker
+        import mpchannel
+        from tests import workers
+
+        {first}
+        context = mpchannel.get_context("{start_method}")
+        start = context.Process.start
+        context.Process.start = lambda process: (start(process), workers.tell_whether_interrupts_are_held_back())
+        mpchannel.Worker(workers.tell_whether_interrupts_are_held_back, context=context).join(20)
+        workers.tell_whether_interrupts_are_held_back()
+        context.Process.start = start
+        process = context.Process(target=workers.tell_whether_interrupts_are_held_back)
+        process.start()
+        process.join()
+        """
+    )
+    assert done.stderr == ""
+    assert done.stdout.split() == ["True", "False", "False", "False"]
+
+
 def _is_running(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as file:
@@ -433,6 +545,39 @@ def test_threads_that_ask_at_once_are_told_the_same(context: Any) -> None:
             each.join()
         assert codes == [-signal.SIGKILL] * 4
         assert log.wait()[0].exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("seen", ["polled", "joined", "joined and told", "told"])
+@pytest.mark.parametrize("listening", [False, True])
+def test_what_an_ended_worker_had_open_is_closed_without_a_collection(context: Any, seen: str, listening: bool) -> None:
+    gc.disable()
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        over, late = threading.Event(), threading.Event()
+        worker = Worker(workers.post_and_fail, "unread", context=context)
+        if listening:
+            worker.onmessage = print
+        if "told" in seen:
+            worker.onerror = print
+            worker.onexit = lambda event: over.set()
+        if "joined" in seen:
+            worker.join(20)
+        while "polled" in seen and worker.exitcode is None:
+            time.sleep(0.01)
+        if "told" in seen:
+            assert over.wait(20)
+        assert len(os.listdir("/proc/self/fd")) <= before + 4  # its ports, and multiprocessing's sentinel
+        if not listening:
+            assert worker.recv(5) == "unread"
+        assert worker.on("error", print).on("exit", lambda event: late.set())
+        assert late.wait(20)
+        del worker
+        deadline = time.monotonic() + 5
+        while len(os.listdir("/proc/self/fd")) > before:  # the delivery thread may still be on its way out of it
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        gc.enable()
 
 
 def test_two_hundred_starts_and_ends_leave_nothing() -> None:

@@ -47,6 +47,11 @@ def post(*messages: Any) -> None:
         port().post_message(each)
 
 
+def post_and_fail(*messages: Any) -> None:
+    post(*messages)
+    fail(LookupError())
+
+
 def post_what_cannot_be_loaded() -> None:
     post(CannotBeLoaded(), "good")
 
@@ -64,6 +69,16 @@ class EndsWhoLoadsIt(Exception):
 class Refuses(Exception):
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(name)
+
+
+class AsksWhoLoadsIt(Exception):
+    ask = staticmethod(int)
+
+    def __setstate__(self, _: Any) -> None:
+        self.ask()
+
+    def __reduce__(self) -> Any:
+        return type(self), (), 1
 
 
 class Base(BaseException):
@@ -122,6 +137,15 @@ def ignore_sigterm() -> None:
     be_busy()
 
 
+def leave_one_that_ignores_sigterm() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    process = mpchannel.get_context("fork").Process(target=signal.pause)
+    process.start()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    post(process.pid)
+    be_busy()
+
+
 def found_a_family() -> None:
     """Be busy, with a worker and a process that are busy as well; post their process ids."""
     warnings.simplefilter("error")
@@ -144,6 +168,10 @@ def start_a_worker(unref: bool = False) -> None:
 def talk(channel: Any) -> None:
     for message in channel:
         channel.post_message(message)
+
+
+def tell_whether_interrupts_are_held_back() -> None:
+    print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()), flush=True)
 
 
 def ask_in_a_forked_process() -> None:
