@@ -80,13 +80,29 @@ def test_search_tells_file_line_and_text_as_it_goes(tmp_path: Path) -> None:
     assert list(text_files(str(tmp_path))) == [one, two]
 
 
-def test_channel_tells_in_ten_lines_what_happened(elsewhere: Path) -> None:
-    ran = demo(elsewhere, "channel")
+def test_channel_tells_what_happened_where(elsewhere: Path, start_method: str) -> None:
+    ran = demo(elsewhere, "channel", "--start-method", start_method)
     assert (ran.returncode, ran.stderr) == (0, "")
+    started = re.search(r"^main    process (\d+): started a worker, process (\d+)$", ran.stdout, re.MULTILINE)
+    assert started
+    main, worker = started.groups()
+    assert main != worker
     lines = ran.stdout.splitlines()
-    assert len(lines) == 10
-    assert lines[6].endswith("port1.recv() returned {'result': 42}")
-    assert "reason 'closed'" in lines[9]
+    assert f"main    received, on channel 'port': a port made in process {worker}" in lines
+    assert "main    its first message was posted before it moved: {'answer': 42}" in lines
+    assert f"worker  heard: thanks, from process {main}" in lines
+    assert f"main    the channel is over: CloseEvent(reason='closed', was_clean=True, pid={worker})" in lines
+
+
+def test_worlds_reaches_the_main_world_through_the_preload(elsewhere: Path, start_method: str) -> None:
+    ran = demo(elsewhere, "worlds", "--start-method", start_method)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    worker = re.search(r"with a preload function, process (\d+)$", ran.stdout, re.MULTILINE)
+    assert worker
+    lines = ran.stdout.splitlines()
+    assert f"preload     process {worker[1]}: passed the port on to the window" in lines
+    assert f"main world  process {worker[1]}: got 'hello', answered 'HELLO'" in lines
+    assert f"main world  process {worker[1]}: got 'world', answered 'WORLD'" in lines
 
 
 def test_worker_prints_the_true_figures(elsewhere: Path, folder: Path, start_method: str) -> None:
@@ -111,17 +127,18 @@ def test_worker_prints_the_true_figures(elsewhere: Path, folder: Path, start_met
 def test_worker_tells_who_did_what_and_why_it_closed(elsewhere: Path, folder: Path) -> None:
     ran = demo(elsewhere, "worker", "--path", str(folder), "--pattern", "needle")
     assert (ran.returncode, ran.stderr) == (0, "")
-    main, app, worker = (
-        re.search(rf"^{name} +process (\d+)", ran.stdout, re.MULTILINE) for name in ("main", "app", "worker")
+    main, app, worker, other = (
+        re.search(rf"^{name} +process (\d+)", ran.stdout, re.MULTILINE) for name in ("main", "app", "worker", "other")
     )
     assert main
     assert app
     assert worker
-    assert len({main[1], app[1], worker[1]}) == 3
-    assert "made the channel, and holds 0 of its 2 ends now" in ran.stdout
+    assert other
+    assert len({main[1], app[1], worker[1], other[1]}) == 4
+    assert "made one channel, and holds 0 of its 2 ends" in ran.stdout
+    assert "asked for one too; refused: True" in ran.stdout
     table = rows(ran.stdout)
     assert table["port for the reply to needle"] == ["closed", worker[1]]
-    assert table["main's port to the app"] == ["exited", app[1]]
     assert "exit codes: app 0, worker 0" in ran.stdout
 
 

@@ -1,36 +1,63 @@
-"""``demo channel``: both ends of a channel in one process. Everything else in this package is more of the same."""
+"""``demo channel``: a channel is made in one process, and one of its ports is received and used in another.
+
+    worker  makes a channel, keeps one port, posts to it, and hands the other port over
+    main    receives that in an event on the named channel "port", listens, and answers through it
+
+After the first example of Electron's guide to MessagePorts.
+"""
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any
 
 import mpchannel
+from mpchannel import ipc
 
 
-def run() -> int:
-    over = threading.Event()
+def work() -> None:
+    """The worker process."""
     port1, port2 = mpchannel.MessageChannel()
-    print(f"1   a channel has two ports: {port1}")
-    print(f"2                       and: {port2}")
-
-    def heard(event: mpchannel.MessageEvent[Any]) -> None:
-        print(f"6   port2's listener, on thread {threading.current_thread().name!r}, heard: {event.data}")
-        port2.post_message({"result": event.data["number"] * 2})
-
-    def gone(event: mpchannel.CloseEvent) -> None:
-        print(f"10  port2's close event: reason {event.reason!r}, clean: {event.was_clean}, by process {event.pid}")
-        over.set()
-
-    job = {"job": "double", "number": 21}
-    print(f"3   port1.post_message({job}) returned {port1.post_message(job)}")
-    job["number"] = 0
-    print(f"4   it was copied as it was posted; here it is now {job}")
-    print(f"5   nobody listens yet, so it waits: port1.buffered_amount is {port1.buffered_amount} bytes")
-    port2.onclose = gone
-    port2.onmessage = heard  # starts port2
-    print(f"7   port1.recv() returned {port1.recv(timeout=10)}")
-    print(f"8   port1 again: {port1}")
-    print("9   port1.close()")
+    # Nobody has the other port yet; the message waits in it, and moves with it.
+    port1.post_message({"answer": 42})
+    ipc.parent.post_message("port", f"a port made in process {os.getpid()}", [port2])
+    heard = port1.recv()
+    ipc.parent.send("heard", heard, port2.detached)
     port1.close()
-    return 0 if over.wait(timeout=10) else 1
+
+
+def run(start_method: str | None) -> int:
+    """The main process. Returns 0 if all came as it should."""
+    told, closed = threading.Event(), threading.Event()
+
+    def received(event: ipc.IpcEvent) -> None:
+        print(f"main    received, on channel {event.channel!r}: {event.data}")
+        (port,) = event.ports
+
+        def heard(event: mpchannel.MessageEvent[Any]) -> None:
+            print(f"main    its first message was posted before it moved: {event.data}")
+            port.post_message(f"thanks, from process {os.getpid()}")
+
+        def gone(event: mpchannel.CloseEvent) -> None:
+            print(f"main    the channel is over: {event}")
+            closed.set()
+
+        port.on("message", heard)
+        port.on("close", gone)
+        port.start()
+
+    def reported(event: ipc.IpcEvent) -> None:
+        heard, detached = event.args
+        print(f"worker  heard: {heard}")
+        print(f"worker  the port that it gave away is detached there: {detached}")
+        told.set()
+
+    with mpchannel.Worker(work, context=start_method) as worker:
+        print(f"main    process {os.getpid()}: started a worker, process {worker.pid}")
+        worker.ipc.on("port", received)
+        worker.ipc.on("heard", reported)
+        right = told.wait(60) and closed.wait(60)
+        worker.join(60)
+    print(f"main    exit code of the worker: {worker.exitcode}")
+    return 0 if right and worker.exitcode == 0 else 1

@@ -8,22 +8,26 @@ import re
 import sys
 import sysconfig
 
-from . import channel, stream, worker
+from . import channel, stream, worker, worlds
 from .search import text_files
 
 DESCRIPTION = """\
-channel  two ports in one process, in ten lines
+channel  a worker makes a channel, and hands one of its ports to main
 worker   an app process asks a worker process for searches; the worker streams
          what it finds to a reply port of each request (this is the default)
 stream   many reply streams at once; one of two workers is killed half way, a
          fresh one takes over, and the result is compared with a plain search
+worlds   main hands a port to code it shares nothing with, through a preload
+         function and the window of a worker
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = DESCRIPTION
-    parser.add_argument("name", nargs="?", choices=("channel", "worker", "stream"), default="worker", help="which demo")
+    parser.add_argument(
+        "name", nargs="?", choices=("channel", "worker", "stream", "worlds"), default="worker", help="which"
+    )
     parser.add_argument(
         "--path",
         metavar="DIR",
@@ -47,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the demo. Returns the exit code: 0 if everything came out right, else 1."""
     if options.name == "channel":
-        return channel.run()
+        return channel.run(options.start_method)
+    if options.name == "worlds":
+        return worlds.run(options.start_method)
     problem = problem_of(options)
     if problem:
         print(f"error: {problem}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """``demo worker``: two processes that talk directly, over a channel that a third one made for them.
 
-    main    starts a worker and an app, makes a channel, gives one end to each, and steps out of the way
+    main    starts a worker and an app. When the app asks for a channel to the worker, it makes one, gives an end to
+            each, and is not in the way of the data. Somebody else, who asks as well, gets none
     app     asks the worker for searches; sends with each request a port for the reply
     worker  streams what it finds to that port, and closes it at the end
 
@@ -10,6 +11,7 @@ After "Worker process" and "Reply streams" in Electron's guide to MessagePorts.
 from __future__ import annotations
 
 import os
+import queue
 import statistics
 import time
 from collections.abc import Sequence
@@ -17,8 +19,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import mpchannel
+from mpchannel import ipc
 
-from .children import Children
 from .progress import ProgressLine
 from .search import Found, Progress, search, text_files
 from .table import print_table
@@ -34,14 +36,6 @@ class Request(NamedTuple):
     pattern: str
     folder: str
     reply: mpchannel.MessagePort[Found | Progress, None]
-
-
-class Job(NamedTuple):
-    """From main to the app."""
-
-    worker: mpchannel.MessagePort[Request, None]
-    patterns: Sequence[str]
-    folder: str
 
 
 @dataclass
@@ -61,20 +55,39 @@ class Result:
     pid: int | None = None
 
 
-def work(requests: mpchannel.MessagePort[None, Request]) -> None:
-    """The worker process: answer each request on its own port, until nobody can ask any more."""
-    for request in requests:
-        with request.reply as reply:
-            for message in search(request.pattern, text_files(request.folder)):
-                if not reply.post_message(message):
-                    break  # nobody is there to read it
+def work() -> None:
+    """The worker process: answer the requests of a client, until it is gone."""
+    ipc.parent.once("new-client", serve)
 
 
-def use(main: mpchannel.MessagePort[Result, Job]) -> None:
-    """The app process: get the port to the worker, ask, and tell main what came of it."""
-    job = main.recv()
-    for pattern in job.patterns:
-        ask(job.worker, pattern, job.folder, main)
+def serve(event: ipc.IpcEvent) -> None:
+    (client,) = event.ports
+    client.onmessage = lambda event: answer(event.data)  # from now on it is for this port that the worker lives
+
+
+def answer(request: Request) -> None:
+    with request.reply as reply:
+        for message in search(request.pattern, text_files(request.folder)):
+            if not reply.post_message(message):
+                break  # nobody is there to read it
+
+
+def use(patterns: Sequence[str], folder: str) -> None:
+    """The app process: get a port to the worker, ask, and tell main what came of it."""
+    provided: queue.SimpleQueue[ipc.IpcEvent] = queue.SimpleQueue()
+    ipc.parent.once("provide-worker-channel", provided.put)
+    ipc.parent.send("request-worker-channel")
+    (worker,) = provided.get().ports
+    main = mpchannel.parent_port()
+    assert main is not None
+    with worker:
+        for pattern in patterns:
+            ask(worker, pattern, folder, main)
+
+
+def intrude() -> None:
+    """Another process: it would like to talk to the worker as well."""
+    ipc.parent.send("request-worker-channel")
 
 
 def ask(worker: mpchannel.MessagePort[Request, None], pattern: str, folder: str, main: Port) -> None:
@@ -108,41 +121,52 @@ def ask(worker: mpchannel.MessagePort[Request, None], pattern: str, folder: str,
 
 def run(folder: str, patterns: Sequence[str], start_method: str | None) -> int:
     """The main process. Returns 0 if every search was answered to its end."""
-    context = mpchannel.get_context(start_method)
-    for_app, for_worker = mpchannel.MessageChannel()
-    control, app_control = mpchannel.MessageChannel()
-    worker = context.Process(target=work, args=(for_worker,), name="worker")
-    app = context.Process(target=use, args=(app_control,), name="app")
-    with Children() as children:
-        children.start(worker)
-        children.start(app)
-        control.post_message(Job(for_app, patterns, folder), transfer=[for_app])
+    held: list[mpchannel.MessagePort[Any, Any]] = []
+    refused: list[int] = []
 
-        print(f"searching {folder}")
-        held = sum(not port.detached for port in (for_app, for_worker))
-        print(f"main    process {os.getpid()}: made the channel, and holds {held} of its 2 ends now")
+    def requested(event: ipc.IpcEvent) -> None:
+        if event.sender is not app:
+            refused.append(event.sender.pid)
+            return
+        for_app, for_worker = mpchannel.MessageChannel()
+        worker.ipc.post_message("new-client", None, [for_worker])
+        event.reply("provide-worker-channel", None, [for_app])
+        held.extend((for_app, for_worker))
+
+    ipc.main.on("request-worker-channel", requested)
+    print(f"searching {folder}")
+    with (
+        mpchannel.Worker(work, name="worker", context=start_method) as worker,
+        mpchannel.Worker(intrude, name="intruder", context=start_method) as intruder,
+        mpchannel.Worker(use, patterns, folder, name="app", context=start_method) as app,
+    ):
         print(f"app     process {app.pid}: sends {len(patterns)} requests, each with a port for the reply")
         print(f"worker  process {worker.pid}: answers them, directly to the app")
-        results = watch(control)
-        app_close = control.wait_closed()
-        app.join()
-        worker.join()
+        results = watch(app)
+        for each in (app, worker, intruder):
+            each.join()
+    ipc.main.off("request-worker-channel", requested)
 
+    ends = sum(not port.detached for port in held)
+    print(f"main    process {os.getpid()}: made one channel, and holds {ends} of its {len(held)} ends")
+    print(f"other   process {intruder.pid}: asked for one too; refused: {refused == [intruder.pid]}")
     print_results(results)
     closes = [(f"port for the reply to {each.pattern}", each.reason, each.pid) for each in results]
-    if app_close is not None:
-        closes.append(("main's port to the app", app_close.reason, app_close.pid))
     print_table(("what closed", "reason", "by process"), [[what, str(why), str(who)] for what, why, who in closes])
     print(f"exit codes: app {app.exitcode}, worker {worker.exitcode}")
     answered = [result.reason for result in results] == ["closed"] * len(patterns)
-    return 0 if answered and app.exitcode == worker.exitcode == 0 else 1
+    return 0 if answered and app.exitcode == worker.exitcode == 0 and refused == [intruder.pid] else 1
 
 
-def watch(control: mpchannel.MessagePort[Job, Result]) -> list[Result]:
+def watch(app: mpchannel.Worker) -> list[Result]:
     """Show how the app gets on, until it ends. Returns the results."""
     line = ProgressLine()
     results: list[Result] = []
-    for result in control:
+    while True:
+        try:
+            result = app.recv()
+        except mpchannel.PortClosedError:
+            break
         line.show(
             f"search {len(results) + 1}: {result.files:,} files, {result.bytes / 1e6:,.1f} MB, "
             f"{result.matches:,} matches; {result.latest}"
