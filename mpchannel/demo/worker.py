@@ -133,13 +133,13 @@ def run(folder: str, patterns: Sequence[str], start_method: str | None) -> int:
         event.reply("provide-worker-channel", None, [for_app])
         held.extend((for_app, for_worker))
 
-    ipc.main.on("request-worker-channel", requested)
     print(f"searching {folder}")
     with (
         mpchannel.Worker(work, name="worker", context=start_method) as worker,
         mpchannel.Worker(intrude, name="intruder", context=start_method) as intruder,
         mpchannel.Worker(use, patterns, folder, name="app", context=start_method) as app,
     ):
+        ipc.main.on("request-worker-channel", requested)  # who asked before now has waited
         print(f"app     process {app.pid}: sends {len(patterns)} requests, each with a port for the reply")
         print(f"worker  process {worker.pid}: answers them, directly to the app")
         results = watch(app)
