@@ -410,7 +410,7 @@ def test_a_listener_does_not_keep_a_plain_process_alive(context: Any, channel: A
 # Teardowns
 
 TEARDOWNS = """
-    import contextlib, gc, multiprocessing, os, random, signal, threading, time
+    import contextlib, gc, multiprocessing, os, random, signal, threading, time, weakref
     import mpchannel
     from tests import electron_workers as roles
 
@@ -463,8 +463,10 @@ TEARDOWNS = """
         with mpchannel.Worker(roles.have_a_worker) as worker:  # starts what lives as long as the program
             worker.onexit = lambda event: None
             worker.recv(20)
+        gone = weakref.ref(worker)
         del worker
         settle(multiprocessing.active_children, [])
+        settle(gone, None)  # terminate() looks at it once more, a second later
         before = belongings()
 
         left = [dice.choice(KINDS) for _ in range(count)]
