@@ -342,8 +342,9 @@ def test_what_cannot_be_called_is_refused_and_the_handler_stays(context: Any) ->
     with ending(Worker(roles.assign_what_cannot_be_called, context=context)) as worker:
         with pytest.raises(TypeError, match="callable"):
             worker.onmessage = 3  # type: ignore[assignment]
+        assert worker.recv(20) == "refused"
         worker.post_message("heard")
-        assert [worker.recv(20), worker.recv(20)] == ["refused", "heard"]
+        assert worker.recv(20) == "heard"
         worker.post_message("clear")
 
 
