@@ -131,6 +131,9 @@ class Window(EventTarget):
         if self._pid not in (0, os.getpid()):
             self.__init__()
 
+    def __reduce__(self) -> str:
+        return "window"  # functions that travel refer to it; there, it is that process's own
+
     def __repr__(self) -> str:
         return f"<mpchannel.window of process {os.getpid()}>"
 

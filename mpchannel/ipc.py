@@ -403,6 +403,9 @@ class Main(_Answering):
         if self._pid not in (0, os.getpid()):
             self.__init__()  # forked: what was registered is for the parent's children
 
+    def __reduce__(self) -> str:
+        return "main"  # functions that travel refer to it; there, it is that process's own
+
     def __repr__(self) -> str:
         return f"<ipc.main of process {os.getpid()}>"
 
@@ -508,6 +511,9 @@ class Parent(_End):
             "this process has no named channels to a parent: it is the main program, or it is a process whose parent "
             "neither asked for process.ipc nor registered anything at ipc.main before start()"
         )
+
+    def __reduce__(self) -> str:
+        return "parent"
 
     def __repr__(self) -> str:
         return f"<ipc.parent of process {os.getpid()}>"

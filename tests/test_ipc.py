@@ -391,6 +391,15 @@ def test_a_process_class_may_have_an_attribute_of_that_name(context: Any) -> Non
     assert (process.ipc, process.exitcode) == ("mine", 0)
 
 
+def test_functions_that_travel_by_value_find_the_other_processs_own(context: Any) -> None:
+    main, parent, own_window = ipc.main, ipc.parent, window
+    with Worker(lambda: parent.send("it is", repr(parent), repr(main), repr(own_window)), context=context) as worker:
+        told = Heard()
+        worker.ipc.on("it is", lambda event: (told(event), told.last.set()))
+        (event,) = told.wait()
+        assert all(str(worker.pid) in each for each in event.args)
+
+
 # The window
 
 

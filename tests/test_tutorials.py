@@ -10,6 +10,7 @@ import asyncio
 import os
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,12 @@ def run(notebook: Any, folder: Path) -> None:
     settings = {name: str(folder) for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR")}
     package = str(Path(mpchannel.__file__).parents[1])
     search = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    # (In what it takes for its own tests, the kernel does not pass on what its children print.)
+    around = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
     # Not client.execute(): it leaves its event loop open, and the next test would be blamed for that.
     asyncio.run(
         asyncio.wait_for(
-            client.async_execute(cwd=str(ROOT / "tutorials"), env={**os.environ, **settings, "PYTHONPATH": search}),
+            client.async_execute(cwd=str(ROOT / "tutorials"), env={**around, **settings, "PYTHONPATH": search}),
             SECONDS,
         )
     )
@@ -94,6 +97,27 @@ def test_a_tutorial_runs_and_prints_what_is_committed(path: Path, tmp_path_facto
     run(executed, tmp_path_factory.mktemp("nb"))
     for before, after in zip(code_cells(committed), code_cells(executed), strict=True):
         assert shown(after) == shown(before), f"the outputs of cell {before.id!r} are old: execute the notebook again"
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.timeout(SECONDS + 60)
+def test_what_a_worker_prints_reaches_the_notebook(method: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    source = f"""
+        import asyncio, sys, mpchannel
+        def work():
+            print("on stdout")
+            print("on stderr", file=sys.stderr)
+        ended = asyncio.Event()
+        worker = mpchannel.Worker(work, context="{method}")
+        worker.onexit = lambda event: ended.set()
+        await asyncio.wait_for(ended.wait(), 20)
+        await asyncio.sleep(1)  # for the kernel, which passes on what its children print
+    """
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(textwrap.dedent(source))])
+    run(notebook, tmp_path_factory.mktemp("nb"))
+    printed = {output.name: output.text for output in notebook.cells[0].outputs}
+    assert printed["stdout"] == "on stdout\n"
+    assert "on stderr\n" in printed["stderr"]  # where Python may warn of a fork of the kernel's threads
 
 
 @each_notebook
