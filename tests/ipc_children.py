@@ -106,6 +106,12 @@ def start_a_child_that_invokes(port: Any, context: Any) -> None:
     child.join()
 
 
+def listen_to_a_child_that_does_not_matter() -> None:
+    child = mpchannel.Worker(answer_by_name)
+    child.ipc.on("answer", print)
+    child.unref()
+
+
 def hand_over() -> None:
     """The preload script: a port that comes from the parent goes to the window."""
     assert mpchannel.worker_data() == "the data"

@@ -383,6 +383,11 @@ def test_an_ended_child_leaves_nothing(context: Any) -> None:
     gc.collect()  # what is left is counted by the guard of every test
 
 
+def test_listening_to_a_child_does_not_keep_a_worker_alive_that_does_not_want_to_be(context: Any) -> None:
+    with ending(Worker(ipc_children.listen_to_a_child_that_does_not_matter, context=context)):
+        pass
+
+
 def test_a_process_class_may_have_an_attribute_of_that_name(context: Any) -> None:
     process = context.Process(target=ipc_children.nothing)
     process.ipc = "mine"
