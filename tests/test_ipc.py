@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 
 import mpchannel
 from mpchannel import Worker, ipc, window
+from mpchannel._delivery import delivery_thread
 
 from . import ipc_children
 from .test_worker import ending
@@ -194,6 +196,31 @@ def test_what_nobody_listens_to_is_kept_up_to_a_bound_with_a_warning(context: An
     assert texts == ["nobody listens to channel 'numbers': 1000 messages are kept, those that follow are dropped"]
 
 
+def test_what_comes_while_the_kept_ones_are_handed_out_stays_behind_them() -> None:
+    heard: list[int] = []
+    over, gate = threading.Event(), threading.Event()
+
+    def hear(event: Any) -> None:
+        heard.append(event.data[0])
+        if len(heard) == 2:
+            over.set()
+
+    with ending(Worker(ipc_children.answer_by_name)) as worker:
+        worker.ipc.on("something else", print)
+        worker.ipc.send("ask", 1)
+        while not worker.ipc._kept:
+            time.sleep(0.001)
+        delivery_thread.call(gate.wait)  # type: ignore[arg-type]
+        worker.ipc.send("ask", 2)
+        assert worker.ipc._port is not None
+        assert worker.ipc._port.poll(20)
+        worker.ipc.on("answer", hear)  # what came first is to be handed out, and the next is there already
+        gate.set()
+        assert over.wait(20)
+        worker.ipc.send("stop")
+    assert heard == [1, 2]
+
+
 @pytest.mark.row("E50")
 def test_only_post_message_moves_ports_and_what_cannot_be_sent_is_named(context: Any) -> None:
     worker, port = calls(ipc_children.refuse_ports, (), context)
@@ -319,6 +346,17 @@ def test_invoke_of_a_parent_that_listens_to_nothing_does_not_hang(context: Any) 
     assert "listened to nothing" in text
 
 
+def test_invoke_waits_for_a_slow_answer_of_a_parent_that_came_late(context: Any) -> None:
+    asked, go_on = threading.Event(), threading.Event()
+    worker, port = calls(ipc_children.invoke_without_patience, ([("slow", ())], None), context)
+    with ending(worker), port:
+        worker.ipc.handle("slow", lambda _: (asked.set(), go_on.wait(20))[1])
+        assert asked.wait(20)
+        assert not port.poll(1)  # three times its patience
+        go_on.set()
+        assert port.recv(20) is True
+
+
 def test_invoke_waits_for_a_parent_that_is_about_to_listen(context: Any) -> None:
     for _ in range(5):
         worker, port = calls(ipc_children.invoke_each, ([("late", ())], None), context)
@@ -365,6 +403,8 @@ def test_a_start_that_fails_leaves_the_named_channels_to_the_next_try(context: A
     process._args = (theirs,)
     with pytest.raises(mpchannel.DataCloneError):
         process.start()
+    with pytest.raises(RuntimeError, match="not been started yet"):
+        process.ipc.send("x")
     process._args = (0,)
     process.start()
     assert heard.wait()[0].sender is process
