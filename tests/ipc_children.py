@@ -33,7 +33,8 @@ def answer_by_name() -> None:
         ipc.parent.off("stop", stop)
 
     def ask(event: Any) -> None:
-        event.reply("answer", (event.data, event.args, len(event.ports), event.sender is ipc.parent), event.ports)
+        channel = "block" if event.data == "block" else "answer"
+        event.reply(channel, (event.data, event.args, len(event.ports), event.sender is ipc.parent), event.ports)
 
     ipc.parent.on("ask", ask)
     ipc.parent.on("stop", stop)

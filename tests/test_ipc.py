@@ -7,7 +7,6 @@ import gc
 import os
 import signal
 import threading
-import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +15,6 @@ import pytest
 
 import mpchannel
 from mpchannel import Worker, ipc, window
-from mpchannel._delivery import delivery_thread
 
 from . import ipc_children
 from .test_worker import ending
@@ -198,7 +196,7 @@ def test_what_nobody_listens_to_is_kept_up_to_a_bound_with_a_warning(context: An
 
 def test_what_comes_while_the_kept_ones_are_handed_out_stays_behind_them() -> None:
     heard: list[int] = []
-    over, gate = threading.Event(), threading.Event()
+    over, blocked, gate = threading.Event(), threading.Event(), threading.Event()
 
     def hear(event: Any) -> None:
         heard.append(event.data[0])
@@ -206,11 +204,10 @@ def test_what_comes_while_the_kept_ones_are_handed_out_stays_behind_them() -> No
             over.set()
 
     with ending(Worker(ipc_children.answer_by_name)) as worker:
-        worker.ipc.on("something else", print)
+        worker.ipc.on("block", lambda _: (blocked.set(), gate.wait(20)))
         worker.ipc.send("ask", 1)
-        while not worker.ipc._kept:
-            time.sleep(0.001)
-        delivery_thread.call(gate.wait)  # type: ignore[arg-type]
+        worker.ipc.send("ask", "block")
+        assert blocked.wait(20)  # the delivery thread is in that listener
         worker.ipc.send("ask", 2)
         assert worker.ipc._port is not None
         assert worker.ipc._port.poll(20)
