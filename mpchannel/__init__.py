@@ -11,6 +11,7 @@ reduction, process,     how ports get into other processes; the standard library
 context
 ipc, _window            named channels between a parent and its children; window, a process's own message target
 worker                  Worker, parent_port, worker_data
+workerpool              WorkerPool: an Executor of workers
 _forward                the rest of multiprocessing
 """
 
@@ -31,11 +32,13 @@ from .errors import (
     PortClosedError,
     PortDetachedError,
     RemoteError,
+    WorkerDied,
     WorkerStartError,
 )
 from .events import CloseEvent, ErrorEvent, ExitEvent, MessageErrorEvent, MessageEvent
 from .port import MessagePort
 from .worker import Worker, parent_port, worker_data
+from .workerpool import WorkerPool, cancelled, report
 
 __version__ = "0.1.0"
 
@@ -61,11 +64,15 @@ __all__ = [
     "PortDetachedError",
     "RemoteError",
     "Worker",
+    "WorkerDied",
+    "WorkerPool",
     "WorkerStartError",
+    "cancelled",
     "get_context",
     "ipc",
     "parent_port",
     "receive_message_on_port",
+    "report",
     "wait",
     "window",
     "worker_data",

@@ -14,6 +14,7 @@ __all__ = [
     "PortClosedError",
     "PortDetachedError",
     "RemoteError",
+    "WorkerDied",
     "WorkerStartError",
 ]
 
@@ -74,3 +75,20 @@ class RemoteError(ChannelError):
 
 class WorkerStartError(ChannelError):
     """A worker could not begin: its target or its data could not be found or loaded there. The text says why."""
+
+
+class WorkerDied(ChannelError):
+    """A worker of a pool ended in the midst of a call: killed, crashed, or out of memory. Only that call is lost.
+
+    ``name`` and ``pid`` are the worker's; ``exitcode`` is its exit code, ``-N`` for signal N.
+    """
+
+    name: str
+    pid: int | None
+    exitcode: int | None
+
+    def __init__(self, text: str, name: str = "", pid: int | None = None, exitcode: int | None = None) -> None:
+        super().__init__(text)
+        self.name = name
+        self.pid = pid
+        self.exitcode = exitcode

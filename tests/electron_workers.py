@@ -46,7 +46,7 @@ def take_a_port(far: Any) -> Port:
 def close_reason(of: Port) -> str:
     event = of.wait_closed(20)
     assert event is not None
-    return event.reason
+    return str(event.reason)
 
 
 # Ports and messages from one side to the other
@@ -154,7 +154,7 @@ def unwrap(far: Any) -> Any:
         return inner.recv(20)
 
 
-VALUES = [None, 42, False, [], "hello", {"hello": "goodnight"}]
+VALUES: list[Any] = [None, 42, False, [], "hello", {"hello": "goodnight"}]
 
 
 def post_values(far: Any) -> list[bool]:
@@ -582,7 +582,7 @@ def flood() -> None:
         for _ in range(100):
             port().post_message(bytes(200))
         if port().buffered_amount > 10_000_000:  # enough: memory is not what is on trial
-            port().poll(0.1)
+            port().poll(None)
 
 
 def end_at_once() -> None:

@@ -28,6 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("process",),
     ("context",),
     ("sharedctypes", "pool", "managers", "worker"),
+    ("workerpool",),
     ("__init__",),
     ("demo",),
     ("bench",),

@@ -1,0 +1,789 @@
+"""``WorkerPool``: a ``concurrent.futures.Executor`` of workers and ports alone.
+
+    caller                       delivery thread                    worker
+    submit -> an idle worker?    <-- done, failed, report --------- parent_port(): one task at a time
+              its port: task -----------------------------------------> fn(*args, **kwargs)
+              none: waiting      --- the next that waits ------------->
+    cancel, timeout --------------- control: the task's number ------> cancelled(), asked there
+
+A worker has one task at a time. So whatever ends it, a kill of ours too, hits that task and no other; and no lock,
+queue or semaphore is shared between processes that a dead one could hold.
+
+House rules: ``lock`` guards who has what; futures are settled, and callbacks run, outside of it. Results are heard on
+the delivery thread, also if the pool is used from an asyncio loop: ``result()`` may then block that loop, but not the
+pool.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import signal
+import threading
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
+from functools import partial
+from itertools import count, islice
+from typing import Any, Final, Generic, ParamSpec, Self, TypeVar, final
+
+from . import _clone
+from ._delivery import delivery_thread
+from ._failure import Packed, pack_error, unpack_error
+from .channel import MessageChannel
+from .context import default_context
+from .errors import DataCloneError, MessageError, PortClosedError, WorkerDied, WorkerStartError
+from .events import CloseEvent, MessageErrorEvent, MessageEvent
+from .port import MessagePort
+from .worker import Worker, _in_words, parent_port
+
+__all__ = ["PoolFuture", "Stream", "WorkerPool", "cancelled", "report"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+AnyPort = MessagePort[Any, Any]
+
+_READY, _BROKEN, _DONE, _FAILED, _REPORT, _VALUE = "ready", "broken", "done", "failed", "report", "value"
+WINDOW: Final = 64
+"""Values that a stream is ahead of its reader, at most."""
+
+
+# In the worker
+
+
+class _Here:
+    """The task that this worker is at."""
+
+    control: AnyPort | None = None
+    number = 0
+    stop = False
+
+
+def cancelled() -> bool:
+    """In a task: whether it was cancelled, or has run out of time, and should end. ``False`` elsewhere."""
+    control = _Here.control
+    while control is not None and not _Here.stop and control.poll():
+        _Here.stop = control.recv() == _Here.number
+    return _Here.stop
+
+
+def report(done: float, total: float | None = None, text: str = "") -> None:
+    """In a task: how far it is. The caller's ``on_progress`` gets the same arguments. Nothing elsewhere."""
+    port = parent_port()
+    if _Here.control is not None and port is not None:
+        port.post_message((_REPORT, (done, total, text)))
+
+
+def _serve(control: AnyPort, initializer: Callable[..., Any] | None, initargs: tuple[Any, ...]) -> None:
+    port = parent_port()
+    assert port is not None
+    try:
+        if initializer is not None:
+            initializer(*initargs)
+    except BaseException as error:
+        port.post_message((_BROKEN, pack_error(error)))
+        return
+    _Here.control = control
+    port.post_message((_READY, None))
+    while True:
+        _Here.number += 1
+        try:
+            task = port.recv()
+        except PortClosedError:
+            return
+        except MessageError as error:  # the task cannot be loaded here
+            port.post_message((_FAILED, pack_error(error.__cause__ or error)))
+            continue
+        if task is None:
+            return
+        _Here.stop = False
+        answer: tuple[str, Any]
+        if cancelled():  # before it began
+            port.post_message((_DONE, None))
+            continue
+        try:
+            fn, args, kwargs, *stream = task
+            del task
+            answer = _DONE, _run_stream(fn, args, kwargs, *stream) if stream else fn(*args, **kwargs)
+            del fn, args, kwargs, stream
+        except BaseException as error:
+            answer = _FAILED, pack_error(error)
+        try:
+            port.send(answer)
+        except BrokenPipeError:
+            return  # nobody is there any more
+        except Exception as error:  # whatever it is that cannot be sent: who called is told
+            port.post_message((_FAILED, pack_error(error)))
+        del answer
+
+
+def _run_stream(fn: Callable[..., Any], args: Any, kwargs: Any, reader: AnyPort, ahead: int) -> Any:
+    values = iter(fn(*args, **kwargs))
+    try:
+        with reader:
+            while True:
+                if cancelled():
+                    return None
+                try:
+                    value = next(values)
+                except StopIteration as end:
+                    reader.post_message((_DONE, None))
+                    return end.value
+                except BaseException as error:
+                    reader.post_message((_FAILED, pack_error(error)))
+                    raise
+                try:
+                    wanted = reader.post_message((_VALUE, value))
+                except DataCloneError as error:
+                    reader.post_message((_FAILED, pack_error(error)))
+                    raise
+                if not wanted:
+                    return None
+                ahead -= 1
+                while ahead <= 0:
+                    try:
+                        ahead += reader.recv()
+                    except PortClosedError:
+                        return None
+    finally:
+        if hasattr(values, "close"):
+            values.close()  # runs its finally
+
+
+# In the caller
+
+_cancelling: Final = threading.Lock()
+
+
+class PoolFuture(concurrent.futures.Future[T]):
+    """A call's future: as ``concurrent.futures.Future``, and awaitable. ``cancel()`` also stops a call that runs: it is
+    asked to end (``cancelled()`` is true in it), and its worker is replaced after the pool's ``grace``.
+    """
+
+    def __init__(self, pool: WorkerPool, fn: Any, task: Any, options: _Options) -> None:
+        super().__init__()
+        self._pool: WorkerPool | None = pool
+        self._name = getattr(fn, "__qualname__", None) or repr(fn)
+        self._task: Any = task  # packed
+        self._options = options
+        self._retries = options._retries
+        self._seat: _Seat | None = None
+        self._cancelling = False
+
+    def running(self) -> bool:
+        return self._seat is not None and not self.done()
+
+    def cancel(self) -> bool:
+        """Whether it is cancelled: ``False`` only if it was done before."""
+        with _cancelling:
+            first, self._cancelling = not self._cancelling, True
+        if first and super().cancel():
+            self.set_running_or_notify_cancel()
+            self._stop()
+        return self.cancelled() or not self.done()
+
+    def _stop(self) -> None:
+        """Nobody waits for it any more."""
+        pool, self._task = self._pool, None
+        if pool is not None:
+            pool._abandon(self)
+
+    def _settle(self, result: Any = None, error: BaseException | None = None) -> None:
+        self._pool = self._task = None
+        try:
+            if error is None:
+                self.set_result(result)
+            else:
+                self.set_exception(error)
+        except concurrent.futures.InvalidStateError:
+            pass  # cancelled, or out of time, this very moment
+
+    def __await__(self) -> Generator[Any, None, T]:
+        import asyncio
+
+        return asyncio.wrap_future(self).__await__()
+
+
+@final
+class _Seat:
+    """A worker of a pool, and the call it has."""
+
+    def __init__(self, pool: WorkerPool, worker: Worker, control: AnyPort) -> None:
+        self.pool = weakref.ref(pool)
+        self.worker = worker
+        self.control = control
+        self.ready = False
+        self.call: PoolFuture[Any] | None = None
+        self.number = 0  # of tasks given to it
+        self.leaving = False  # it gets no more tasks
+
+    def listen(self) -> None:
+        port = self.worker._port
+        port._set_handler("message", self.heard)
+        port._set_handler("messageerror", self.misheard)
+        port._set_handler("close", self.ended)
+        port._start_at(delivery_thread)
+
+    def give(self, call: PoolFuture[Any]) -> None:
+        """Raises ``DataCloneError`` if a port in it was moved or closed meanwhile, ``OSError`` at a limit."""
+        self.call, call._seat, self.number = call, self, self.number + 1  # first: the answer may be here at once
+        try:
+            self.worker._port._post(call._task, "given to a worker")
+        except BaseException:
+            self.call, call._seat, self.number = None, None, self.number - 1
+            raise
+
+        self.time()
+
+    def time(self) -> None:
+        """Its time begins when the worker has begun, and has the call."""
+        call = self.call
+        if self.ready and call is not None and call._options._timeout is not None:
+            delivery_thread.call_later(call._options._timeout, partial(_expire, weakref.ref(call), self.number))
+
+    def leave(self) -> None:
+        self.leaving = True
+        self.worker._port.post_message(None)
+
+    def heard(self, event: MessageEvent[Any]) -> None:
+        kind, value = event.data
+        del event
+        if kind == _REPORT:
+            call = self.call
+            if call is not None and call._options._on_progress is not None and not call.done():
+                call._options._on_progress(*value)
+        elif kind == _READY:
+            self.ready = True
+            self.time()
+        elif kind == _BROKEN:
+            pool = self.pool()
+            if pool is not None:
+                error = WorkerStartError(f"the initializer failed in {self.worker.name}: {value[1].splitlines()[-1]}")
+                pool._break(error, value)
+        else:
+            self.free(value, None if kind == _DONE else unpack_error(value))
+
+    def misheard(self, event: MessageErrorEvent) -> None:
+        self.free(None, event.error)
+
+    def free(self, result: Any, error: BaseException | None) -> None:
+        call, pool = self.call, self.pool()
+        if call is not None:
+            self.call = call._seat = None
+            if pool is not None:
+                pool._next(self)  # first, so that the worker is at work while callbacks run
+            call._settle(result, error)
+
+    def ended(self, event: CloseEvent) -> None:
+        self.control.close()
+        pool = self.pool()
+        if pool is not None:
+            pool._lost(self, event)
+
+
+class _Options:
+    """How calls are made: ``pool.options(timeout=5).submit(fn, ...)``."""
+
+    def __init__(
+        self,
+        pool: WorkerPool,
+        timeout: float | None,
+        retries: int,
+        on_progress: Callable[[float, float | None, str], Any] | None,
+    ) -> None:
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"timeout must be seconds above 0, or None, not {timeout!r}")
+        if not isinstance(retries, int) or retries < 0:
+            raise ValueError(f"retries must be a number of times, 0 or more, not {retries!r}")
+        if on_progress is not None and not callable(on_progress):
+            raise TypeError(f"on_progress must be callable or None, not {on_progress!r}")
+        self._pool = pool
+        self._timeout = timeout
+        self._retries = retries
+        self._on_progress = on_progress
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> PoolFuture[T]:
+        """As ``WorkerPool.submit``."""
+        return self._pool._submit(fn, args, kwargs, self)
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[T]:
+        """As ``WorkerPool.map``."""
+        return self._pool._map(fn, iterables, timeout, chunksize, buffersize, self)
+
+    def stream(self, fn: Callable[P, Iterable[T]], /, *args: P.args, **kwargs: P.kwargs) -> Stream[T]:
+        """As ``WorkerPool.stream``."""
+        return Stream(self._pool, fn, args, kwargs, self)
+
+
+class WorkerPool(concurrent.futures.Executor):
+    """Workers that run calls, *max_workers* at a time (default: the cores this process may use).
+
+    *initializer* is called with *initargs* in each worker before its first call; if it fails, so do all calls.
+    A worker ends after *max_tasks_per_child* calls, and a new one takes its place. *grace*: seconds that a call which
+    was cancelled, or has run out of time, is given to end by itself before its worker is replaced. *context*: a context
+    of ``get_context`` or the name of a start method. *name* is what workers are named after.
+
+    A worker that dies fails the call it had, with ``WorkerDied``, and no other; the pool goes on. Ports among arguments
+    and results move. Workers start when they are first needed, and end with ``shutdown()``, or with the program.
+    """
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        *,
+        context: Any = None,
+        initializer: Callable[..., Any] | None = None,
+        initargs: tuple[Any, ...] = (),
+        max_tasks_per_child: int | None = None,
+        grace: float = 1.0,
+        name: str = "Pool",
+    ) -> None:
+        for number, label in ((max_workers, "max_workers"), (max_tasks_per_child, "max_tasks_per_child")):
+            if number is not None and (not isinstance(number, int) or number <= 0):
+                raise ValueError(f"{label} must be a number above 0, or None, not {number!r}")
+        if initializer is not None and not callable(initializer):
+            raise TypeError(f"initializer must be callable or None, not {initializer!r}")
+        if not grace >= 0:
+            raise ValueError(f"grace must be seconds, 0 or more, not {grace!r}")
+        if context is None or isinstance(context, str):
+            context = default_context.get_context(context)
+        self._context = context
+        self._max_workers = max_workers or len(os.sched_getaffinity(0))
+        self._initializer = initializer
+        self._initargs = tuple(initargs)
+        self._max_tasks = max_tasks_per_child
+        self._grace = grace
+        self._name = name
+        self._numbers = count(1)
+        self._lock = threading.RLock()
+        self._waiting: deque[PoolFuture[Any]] = deque()
+        self._seats: list[_Seat] = []
+        self._idle: list[_Seat] = []
+        self._broken: tuple[str, Packed | None] | None = None
+        self._shut = False
+        self._plain = _Options(self, None, 0, None)
+        self._plain._pool = weakref.proxy(self)  # else a cycle
+        weakref.finalize(self, _dismiss, self._seats).atexit = False
+
+    # What users type
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> PoolFuture[T]:
+        """Have a worker call ``fn(*args, **kwargs)``. The arguments are copied in this call (large arrays when a worker
+        takes them).
+
+        Raises ``DataCloneError`` for what cannot be sent, with the path to it; ``WorkerStartError`` if workers cannot
+        begin; ``RuntimeError`` after ``shutdown()``.
+        """
+        return self._submit(fn, args, kwargs, self._plain)
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[T]:
+        """The results of *fn* for the items of *iterables*, in order. Lazy: at most *buffersize* calls (default: 8 for
+        each worker) of *chunksize* items are ahead of the reader. ``TimeoutError`` if a result is not there *timeout*
+        seconds after the call of ``map``. Closing the iterator cancels what is left.
+        """
+        return self._map(fn, iterables, timeout, chunksize, buffersize, self._plain)
+
+    def stream(self, fn: Callable[P, Iterable[T]], /, *args: P.args, **kwargs: P.kwargs) -> Stream[T]:
+        """The values of a generator function as they come: for ``for`` and ``async for``. It is at most 64 values ahead
+        of its reader. ``close()`` stops it, and its ``finally`` runs; so does leaving ``with``.
+        """
+        return Stream(self, fn, args, kwargs, self._plain)
+
+    def options(
+        self,
+        *,
+        timeout: float | None = None,
+        retries: int = 0,
+        on_progress: Callable[[float, float | None, str], Any] | None = None,
+    ) -> _Options:
+        """``submit``, ``map`` and ``stream`` with options for each call: *timeout* seconds from the start of its work,
+        after which it is stopped and fails with ``TimeoutError``; *retries* after a worker died; *on_progress*, called
+        on the delivery thread with what the call tells by ``report``.
+        """
+        return _Options(self, timeout, retries, on_progress)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """No more calls. Those that were submitted run to their end (with *cancel_futures*, only those that have
+        begun). *wait* until then, and until the workers have ended.
+        """
+        with self._lock:
+            self._shut = True
+            waiting = list(self._waiting) if cancel_futures else []
+            idle = self._idle.copy()
+            self._idle.clear()
+            seats = self._seats.copy()
+        for call in waiting:
+            call.cancel()
+        for seat in idle:
+            seat.leave()
+        while wait and seats:
+            for seat in seats:
+                seat.worker.join()
+            delivery_thread.catch_up()
+            with self._lock:
+                seats = self._seats.copy()
+
+    def __repr__(self) -> str:
+        with self._lock:
+            state = "shut down" if self._shut else "broken" if self._broken else "open"
+            busy = sum(seat.call is not None for seat in self._seats)
+            return (
+                f"<WorkerPool {self._name!r}, {state}, {busy} of {len(self._seats)} workers busy "
+                f"({self._max_workers} at most), {len(self._waiting)} calls waiting>"
+            )
+
+    # Who has what
+
+    def _submit(
+        self, fn: Any, args: Any, kwargs: Any, options: _Options, *stream: Any, name: Any = None
+    ) -> PoolFuture[Any]:
+        if not callable(fn):
+            raise TypeError(f"fn must be callable, not {fn!r}")
+        task = _clone.pack((fn, args, kwargs, *stream), moving := _clone.Moving(None))
+        for place, each in enumerate(moving.objects):
+            each._check_movable(f"port {place} in the arguments")
+        call: PoolFuture[Any] = PoolFuture(self, name or fn, task, options)
+        with self._lock:
+            if self._broken is not None:
+                raise self._why_broken()
+            if self._shut:
+                raise RuntimeError("cannot submit: this pool was shut down")
+            seat = self._free_seat()
+            self._waiting.append(call)
+        if seat is not None:
+            self._next(seat)
+        return call
+
+    def _free_seat(self) -> _Seat | None:
+        """Under ``lock``: an idle worker, maybe a new one."""
+        if self._idle:
+            return self._idle.pop()
+        if sum(not seat.leaving for seat in self._seats) >= self._max_workers:
+            return None
+        control, theirs = MessageChannel()
+        name = f"{self._name}-{next(self._numbers)}"
+        try:
+            args = (theirs, self._initializer, self._initargs)
+            seat = _Seat(self, Worker(_serve, *args, name=name, context=self._context), control)
+        except BaseException:
+            control.close()
+            raise
+        self._seats.append(seat)
+        seat.listen()
+        return seat
+
+    def _next(self, seat: _Seat) -> None:
+        """*seat* is free: the next call that waits."""
+        while True:
+            with self._lock:
+                spent = self._max_tasks is not None and seat.number >= self._max_tasks
+                if not seat.leaving and (spent or (self._shut and not self._waiting)):
+                    seat.leave()
+                if seat.leaving:
+                    break
+                if not self._waiting:
+                    self._idle.append(seat)
+                    return
+                call = self._waiting.popleft()
+                if call.done():
+                    continue  # cancelled
+                try:
+                    seat.give(call)
+                except Exception as error:  # it cannot be sent
+                    problem = error
+                else:
+                    return
+            call._settle(error=problem)
+        self._fill()
+
+    def _fill(self) -> None:
+        """A worker has gone: another one, if calls wait for it."""
+        try:
+            with self._lock:
+                if not self._waiting or self._broken is not None:
+                    return
+                seat = self._free_seat()
+        except Exception as error:  # a limit of the system: nobody can be told but those who wait
+            self._fail_waiting(error)
+        else:
+            if seat is not None:
+                self._next(seat)
+
+    def _remove(self, seat: _Seat) -> None:
+        for each in (self._seats, self._idle):
+            if seat in each:
+                each.remove(seat)
+
+    def _abandon(self, call: PoolFuture[Any]) -> None:
+        """Nobody waits for *call*: have it stopped if it runs."""
+        with self._lock:
+            seat = call._seat
+            if seat is None:
+                try:
+                    self._waiting.remove(call)
+                except ValueError:
+                    pass
+            else:
+                seat.control.post_message(seat.number)
+                delivery_thread.call_later(self._grace, partial(_replace, weakref.ref(seat), seat.number))
+
+    def _lost(self, seat: _Seat, event: CloseEvent) -> None:
+        """A worker has ended."""
+        with self._lock:
+            self._remove(seat)
+            call, seat.call = seat.call, None
+            if call is not None:
+                call._seat = None
+                if call._retries > 0 and not call.done():
+                    call._retries -= 1
+                    self._waiting.appendleft(call)
+                    call = None
+        if not seat.ready and not seat.leaving:
+            seat.worker.join(5)
+            error = seat.worker._what_escaped()
+            if error is not None and (seat.worker.exitcode or 0) >= 0:  # not if somebody killed it: that is no habit
+                self._break(error, None)
+        if call is not None:
+            call._settle(error=_died(seat, call, event))
+        self._fill()
+
+    def _break(self, error: BaseException, packed: Packed | None) -> None:
+        """Workers cannot begin: a new one would not either."""
+        text = str(error)
+        with self._lock:
+            self._broken = text, packed
+            calls = [seat.call for seat in self._seats if seat.call is not None and not seat.ready]
+            for seat in self._seats:
+                if not seat.ready:
+                    seat.leaving, seat.call = True, None
+        for call in calls:
+            call._seat = None
+            call._settle(error=self._why_broken(error))
+        self._fail_waiting(None)
+
+    def _why_broken(self, error: BaseException | None = None) -> BaseException:
+        assert self._broken is not None
+        text, packed = self._broken
+        broken = WorkerStartError(text)
+        broken.__cause__ = error.__cause__ if error is not None else None
+        if packed is not None:
+            broken.__cause__ = unpack_error(packed)
+        return broken
+
+    def _fail_waiting(self, error: BaseException | None) -> None:
+        with self._lock:
+            waiting = list(self._waiting)
+            self._waiting.clear()
+        for call in waiting:
+            call._settle(error=error or self._why_broken())
+
+    def _map(
+        self,
+        fn: Callable[..., T],
+        iterables: tuple[Iterable[Any], ...],
+        timeout: float | None,
+        chunksize: int,
+        buffersize: int | None,
+        options: _Options,
+    ) -> Iterator[T]:
+        if not isinstance(chunksize, int) or chunksize < 1:
+            raise ValueError(f"chunksize must be a number above 0, not {chunksize!r}")
+        if buffersize is not None and (not isinstance(buffersize, int) or buffersize < 1):
+            raise ValueError(f"buffersize must be a number above 0, or None, not {buffersize!r}")
+        items = zip(*iterables, strict=False)
+        chunks = iter(lambda: list(islice(items, chunksize)), [])
+        ahead: deque[PoolFuture[list[T]]] = deque()
+        deadline = _Deadline(timeout)
+
+        def fill() -> None:
+            for chunk in islice(chunks, (buffersize or 8 * self._max_workers) - len(ahead)):
+                ahead.append(self._submit(_run_chunk, (fn, chunk), {}, options, name=fn))
+
+        def results() -> Iterator[T]:
+            try:
+                while ahead:
+                    chunk = ahead[0].result(deadline.left)
+                    ahead.popleft()
+                    fill()
+                    yield from chunk
+            finally:
+                for call in ahead:
+                    call.cancel()
+
+        fill()
+        return results()
+
+
+def _run_chunk(fn: Callable[..., T], chunk: list[tuple[Any, ...]]) -> list[T]:
+    return [fn(*args) for args in chunk]
+
+
+class _Deadline:
+    def __init__(self, timeout: float | None) -> None:
+        import time
+
+        self._clock = time.monotonic
+        self._end = None if timeout is None else time.monotonic() + timeout
+
+    @property
+    def left(self) -> float | None:
+        return None if self._end is None else max(0.0, self._end - self._clock())
+
+
+def _dismiss(seats: list[_Seat]) -> None:
+    """Nobody has the pool any more, or its futures: its workers may go."""
+    for seat in seats:
+        seat.leave()
+
+
+def _replace(reference: weakref.ref[_Seat], number: int) -> None:
+    """The grace is over."""
+    seat = reference()
+    pool = None if seat is None else seat.pool()
+    if seat is not None and pool is not None:
+        with pool._lock:
+            if seat.number == number and seat.call is not None:
+                seat.worker._signal(signal.SIGKILL)
+
+
+def _expire(reference: weakref.ref[PoolFuture[Any]], number: int) -> None:
+    call = reference()
+    if call is None or call._seat is None or call._seat.number != number or call.done():
+        return
+    pool = call._pool
+    call.set_exception(TimeoutError(f"{_describe(call)} did not end in {call._options._timeout} s, and is stopped"))
+    if pool is not None:
+        pool._abandon(call)
+
+
+def _describe(call: PoolFuture[Any]) -> str:
+    return f"the call of {call._name}"
+
+
+def _died(seat: _Seat, call: PoolFuture[Any], event: CloseEvent) -> WorkerDied:
+    worker = seat.worker
+    worker.join(5)
+    code = worker.exitcode
+    hint = ""
+    if code == -9:
+        hint = (
+            "; if nobody killed it, the system may have run out of memory: look at `dmesg`, and at how much it needed"
+        )
+    elif code is not None and code < 0:
+        hint = "; `python -X faulthandler` shows where a crash happened"
+    text = f"{worker.name} (pid {worker.pid}) died, {_in_words(code)}, during {_describe(call)}{hint}"
+    return WorkerDied(text, worker.name, worker.pid, code)
+
+
+@final
+class Stream(Generic[T]):
+    """The values of a generator function in a worker, for ``for`` and ``async for``. See ``WorkerPool.stream``."""
+
+    def __init__(self, pool: WorkerPool, fn: Callable[..., Any], args: Any, kwargs: Any, options: _Options) -> None:
+        self._reply: AnyPort
+        self._reply, theirs = MessageChannel()
+        self._taken = 0
+        self._over = False
+        try:
+            self._call = pool._submit(fn, args, kwargs, options, theirs, WINDOW)
+        except BaseException:
+            self._reply.close()
+            theirs.close()
+            raise
+        self._call.add_done_callback(partial(_close_unless_moved, theirs))
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> T:
+        if self._over:
+            raise StopIteration
+        try:
+            kind, value = self._reply.recv()
+        except PortClosedError:
+            kind, value = self._ended_early(self._call.exception())
+        if self._accept(kind, value):
+            return value  # type: ignore[no-any-return]
+        raise StopIteration
+
+    def __aiter__(self) -> AsyncIterator[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        if self._over:
+            raise StopAsyncIteration
+        try:
+            kind, value = await self._reply.arecv()
+        except PortClosedError:
+            try:
+                await self._call
+            except BaseException as error:
+                kind, value = self._ended_early(error)
+            else:
+                kind, value = self._ended_early(None)
+        if self._accept(kind, value):
+            return value  # type: ignore[no-any-return]
+        raise StopAsyncIteration
+
+    def _ended_early(self, error: BaseException | None) -> tuple[str, Any]:
+        self._over = True
+        if error is not None:
+            raise error
+        return _DONE, None
+
+    def _accept(self, kind: str, value: Any) -> bool:
+        """Whether *value* is one of the stream's."""
+        if kind == _VALUE:
+            self._taken += 1
+            if self._taken >= WINDOW // 2:
+                self._reply.post_message(self._taken)
+                self._taken = 0
+            return True
+        self._over = True
+        self._reply.close()
+        if kind == _FAILED:
+            raise unpack_error(value)
+        return False
+
+    def close(self) -> None:
+        """Enough. The generator is closed at its next value; after the pool's ``grace`` its worker is replaced."""
+        self._over = True
+        self._reply.close()
+        self._call.cancel()
+
+    async def aclose(self) -> None:
+        """``close`` for asyncio."""
+        self.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Stream of {_describe(self._call)}, {'over' if self._over else 'open'}>"
+
+
+def _close_unless_moved(port: AnyPort, _: object) -> None:
+    port.close()

@@ -1,0 +1,134 @@
+"""What runs in the pools of the tests. Imports nothing but the package, as ``children``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import mpchannel
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def own_pid(_: Any = None) -> int:
+    return os.getpid()
+
+
+def hold(port: Any, answer: Any = None) -> Any:
+    """Tell that it runs, and go on when told."""
+    port.post_message(os.getpid())
+    port.recv()
+    return answer
+
+
+def fail(text: str) -> None:
+    error = LookupError(text)
+    error.add_note("a note")
+    raise ExceptionGroup("several", [error, ValueError(text)])
+
+
+def die(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def die_once(path: str) -> str:
+    if not os.path.exists(path):
+        with open(path, "w"):
+            os._exit(3)
+    return "the second time"
+
+
+def spin(port: Any) -> None:
+    port.post_message("spinning")
+    while True:
+        pass
+
+
+def stop_when_asked(port: Any) -> None:
+    port.post_message(os.getpid())
+    while not mpchannel.cancelled():
+        time.sleep(0.001)
+    port.post_message("stopped by itself")
+
+
+def tell_progress(count: int) -> str:
+    for number in range(count):
+        mpchannel.report(number, count, f"step {number}")
+    return "done"
+
+
+def count_up(count: int, port: Any = None) -> Iterator[int]:
+    try:
+        yield from range(count)
+    finally:
+        if port is not None:
+            port.post_message("finally")
+
+
+def count_and_fail(count: int) -> Iterator[int]:
+    yield from range(count)
+    raise LookupError("behind the last")
+
+
+def count_and_die(count: int) -> Iterator[int]:
+    yield from range(count)
+    die(signal.SIGKILL)
+
+
+def return_a_lock() -> Any:
+    return threading.Lock()
+
+
+class CannotBeLoaded:
+    def __reduce__(self) -> Any:
+        return int, ("not a number",)
+
+
+def ignore(_: Any) -> None:
+    pass
+
+
+def return_what_cannot_be_loaded() -> Any:
+    return CannotBeLoaded()
+
+
+_state: dict[str, Any] = {}
+
+
+def initialize(key: str, value: Any) -> None:
+    _state[key] = value
+
+
+def state(key: str) -> Any:
+    return _state.get(key)
+
+
+def fail_to_initialize() -> None:
+    raise LookupError("no such database")
+
+
+def misbehave(kind: str, number: int) -> int:
+    if kind == "raise":
+        raise LookupError(number)
+    if kind == "die":
+        die(signal.SIGKILL)
+    if kind == "exit":
+        os._exit(7)
+    if kind == "slow":
+        time.sleep(0.02)
+    while kind == "spin":
+        pass
+    return number
+
+
+def answer_through(port: Any) -> Any:
+    port.post_message("from the task")
+    mine, theirs = mpchannel.MessageChannel()
+    mine.post_message("from the result's port")
+    return theirs
