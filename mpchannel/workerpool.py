@@ -224,16 +224,19 @@ class _Seat:
         port._set_handler("close", self.ended)
         port._start_at(delivery_thread)
 
-    def give(self, call: PoolFuture[Any]) -> None:
-        """Raises ``DataCloneError`` if a port in it was moved or closed meanwhile, ``OSError`` at a limit."""
+    def give(self, call: PoolFuture[Any]) -> bool:
+        """``False`` if the worker is gone. Raises ``DataCloneError`` if a port in it was moved or closed meanwhile,
+        ``OSError`` at a limit.
+        """
         self.call, call._seat, self.number = call, self, self.number + 1  # first: the answer may be here at once
+        given = False
         try:
-            self.worker._port._post(call._task, "given to a worker")
-        except BaseException:
-            self.call, call._seat, self.number = None, None, self.number - 1
-            raise
-
+            given = self.worker._port._post(call._task, "given to a worker")
+        finally:
+            if not given:
+                self.call, call._seat, self.number = None, None, self.number - 1
         self.time()
+        return given
 
     def time(self) -> None:
         """Its time begins when the worker has begun, and has the call."""
@@ -366,6 +369,7 @@ class WorkerPool(concurrent.futures.Executor):
         self._waiting: deque[PoolFuture[Any]] = deque()
         self._seats: list[_Seat] = []
         self._idle: list[_Seat] = []
+        self._starting = 0  # workers that are not among the seats yet
         self._broken: tuple[str, Packed | None] | None = None
         self._shut = False
         self._plain = _Options(self, None, 0, None)
@@ -462,27 +466,45 @@ class WorkerPool(concurrent.futures.Executor):
                 raise self._why_broken()
             if self._shut:
                 raise RuntimeError("cannot submit: this pool was shut down")
-            seat = self._free_seat()
             self._waiting.append(call)
-        if seat is not None:
-            self._next(seat)
+        try:
+            self._fill()
+        except BaseException:  # no worker could be started
+            with self._lock:
+                if call in self._waiting:
+                    self._waiting.remove(call)
+            raise
         return call
 
-    def _free_seat(self) -> _Seat | None:
-        """Under ``lock``: an idle worker, maybe a new one."""
-        if self._idle:
-            return self._idle.pop()
-        if sum(not seat.leaving for seat in self._seats) >= self._max_workers:
-            return None
+    def _fill(self) -> None:
+        """If calls wait: have an idle worker take them, or a new one. Raises what starting one raises."""
+        with self._lock:
+            if not self._waiting or self._broken is not None:
+                return
+            seat = self._idle.pop() if self._idle else None
+            if seat is None:
+                if self._starting + sum(not each.leaving for each in self._seats) >= self._max_workers:
+                    return
+                self._starting += 1
+        if seat is None:
+            seat = self._start()
+        self._next(seat)
+
+    def _start(self) -> _Seat:
+        """A new worker. Not under ``lock``: a fork waits for the delivery thread, which may wait for that."""
         control, theirs = MessageChannel()
-        name = f"{self._name}-{next(self._numbers)}"
         try:
             args = (theirs, self._initializer, self._initargs)
-            seat = _Seat(self, Worker(_serve, *args, name=name, context=self._context), control)
+            worker = Worker(_serve, *args, name=f"{self._name}-{next(self._numbers)}", context=self._context)
+            seat = _Seat(self, worker, control)
+            with self._lock:
+                self._seats.append(seat)
         except BaseException:
             control.close()
             raise
-        self._seats.append(seat)
+        finally:
+            with self._lock:
+                self._starting -= 1
         seat.listen()
         return seat
 
@@ -502,26 +524,23 @@ class WorkerPool(concurrent.futures.Executor):
                 if call.done():
                     continue  # cancelled
                 try:
-                    seat.give(call)
+                    if seat.give(call):
+                        return
                 except Exception as error:  # it cannot be sent
                     problem = error
                 else:
-                    return
+                    self._waiting.appendleft(call)
+                    seat.leaving = True  # it died while it was idle, which is being told
+                    break
             call._settle(error=problem)
-        self._fill()
+        self._refill()
 
-    def _fill(self) -> None:
+    def _refill(self) -> None:
         """A worker has gone: another one, if calls wait for it."""
         try:
-            with self._lock:
-                if not self._waiting or self._broken is not None:
-                    return
-                seat = self._free_seat()
+            self._fill()
         except Exception as error:  # a limit of the system: nobody can be told but those who wait
             self._fail_waiting(error)
-        else:
-            if seat is not None:
-                self._next(seat)
 
     def _remove(self, seat: _Seat) -> None:
         for each in (self._seats, self._idle):
@@ -559,7 +578,7 @@ class WorkerPool(concurrent.futures.Executor):
                 self._break(error, None)
         if call is not None:
             call._settle(error=_died(seat, call, event))
-        self._fill()
+        self._refill()
 
     def _break(self, error: BaseException, packed: Packed | None) -> None:
         """Workers cannot begin: a new one would not either."""
@@ -569,7 +588,8 @@ class WorkerPool(concurrent.futures.Executor):
             calls = [seat.call for seat in self._seats if seat.call is not None and not seat.ready]
             for seat in self._seats:
                 if not seat.ready:
-                    seat.leaving, seat.call = True, None
+                    seat.call = None
+                    seat.leave()
         for call in calls:
             call._seat = None
             call._settle(error=self._why_broken(error))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import gc
+import multiprocessing.connection
+import os
 import random
 import signal
 import threading
@@ -271,6 +273,17 @@ def test_calls_that_wait_survive_the_death_of_all_workers(context: Any) -> None:
         good = [pool.submit(tasks.square, number) for number in range(10)]
         assert [type(each.exception(20)) for each in dying] == [WorkerDied] * 4
         assert [each.result(20) for each in good] == [number**2 for number in range(10)]
+
+
+def test_a_worker_that_died_while_it_was_idle_costs_no_call(context: Any) -> None:
+    with WorkerPool(1, context=context) as pool:
+        for number in range(5):
+            pid = pool.submit(tasks.own_pid).result(20)
+            ended = os.pidfd_open(pid)
+            os.kill(pid, signal.SIGKILL)
+            assert multiprocessing.connection.wait([ended], 20)
+            os.close(ended)
+            assert pool.submit(tasks.square, number).result(20) == number**2
 
 
 def test_retries_run_a_call_again(context: Any, tmp_path: Path) -> None:
