@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Final, final
 
 from ._delivery import home
 from .channel import MessageChannel
-from .events import EventTarget, MessageErrorEvent, MessageEvent
+from .events import MessageErrorEvent, MessageEvent, MessageTarget
 from .port import MessagePort
 
 __all__ = ["Window", "window"]
@@ -35,7 +35,7 @@ class _WindowEvent(MessageEvent[Any]):
 
 
 @final
-class Window(EventTarget):
+class Window(MessageTarget):
     """See above. Events: ``message`` (with ``source``, this object), ``messageerror``. To listen starts the queue."""
 
     __slots__ = ("_far", "_near", "_on_their_way", "_pid")
@@ -73,24 +73,6 @@ class Window(EventTarget):
         except BaseException:
             self._arrived()
             raise
-
-    @property
-    def onmessage(self) -> Callable[[MessageEvent[Any]], Any] | None:
-        """Called with each message. ``None`` (default) keeps them."""
-        return self._handler("message")
-
-    @onmessage.setter
-    def onmessage(self, fn: Callable[[MessageEvent[Any]], Any] | None) -> None:
-        self._set_handler("message", fn)
-
-    @property
-    def onmessageerror(self) -> Callable[[MessageErrorEvent], Any] | None:
-        """Called for a message that cannot be loaded."""
-        return self._handler("messageerror")
-
-    @onmessageerror.setter
-    def onmessageerror(self, fn: Callable[[MessageErrorEvent], Any] | None) -> None:
-        self._set_handler("messageerror", fn)
 
     def _listeners_changed(self, type: str, added: Any) -> None:
         _, far = self._ports()

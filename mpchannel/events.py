@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar, final
 
 __all__ = ["CloseEvent", "ErrorEvent", "Event", "EventTarget", "ExitEvent", "MessageErrorEvent", "MessageEvent"]
-__all__ += ["Reporter"]
+__all__ += ["MessageTarget", "Reporter"]
 
 T = TypeVar("T")
 
@@ -289,3 +289,27 @@ class EventTarget:
                 if result is not None:
                     results.append(result)
         return results
+
+
+class MessageTarget(EventTarget):
+    """A target of messages that is no port: to listen is to start its queue."""
+
+    __slots__ = ()
+
+    @property
+    def onmessage(self) -> Callable[[MessageEvent[Any]], Any] | None:
+        """Called with each message; ``None`` by default, and messages wait."""
+        return self._handler("message")
+
+    @onmessage.setter
+    def onmessage(self, fn: Callable[[MessageEvent[Any]], Any] | None) -> None:
+        self._set_handler("message", fn)
+
+    @property
+    def onmessageerror(self) -> Callable[[MessageErrorEvent], Any] | None:
+        """Called for a message that cannot be loaded here."""
+        return self._handler("messageerror")
+
+    @onmessageerror.setter
+    def onmessageerror(self, fn: Callable[[MessageErrorEvent], Any] | None) -> None:
+        self._set_handler("messageerror", fn)

@@ -39,7 +39,7 @@ from ._link import open_links
 from .channel import MessageChannel, receive_message_on_port
 from .context import default_context, start_helpers
 from .errors import DataCloneError, WorkerStartError
-from .events import ErrorEvent, EventTarget, ExitEvent, MessageErrorEvent, MessageEvent
+from .events import ErrorEvent, ExitEvent, MessageErrorEvent, MessageEvent, MessageTarget
 from .ipc import ChildIpc
 from .port import MessagePort
 
@@ -51,7 +51,7 @@ _GRACE: Final = 1.0  # seconds from SIGTERM to SIGKILL
 _numbers: Final = itertools.count(1)
 
 
-class Worker(EventTarget):
+class Worker(MessageTarget):
     """A process that runs *target*, with a port between it and this process.
 
     *target* is a callable, or the name of one as ``"package.module:function"``; it is called with *args* in the new
@@ -151,24 +151,6 @@ class Worker(EventTarget):
     async def arecv(self) -> Any:
         """``recv`` for asyncio."""
         return await self._port.arecv()
-
-    @property
-    def onmessage(self) -> Callable[[MessageEvent[Any]], Any] | None:
-        """Called with each message; ``None`` by default."""
-        return self._handler("message")
-
-    @onmessage.setter
-    def onmessage(self, fn: Callable[[MessageEvent[Any]], Any] | None) -> None:
-        self._set_handler("message", fn)
-
-    @property
-    def onmessageerror(self) -> Callable[[MessageErrorEvent], Any] | None:
-        """Called for a message that cannot be loaded here."""
-        return self._handler("messageerror")
-
-    @onmessageerror.setter
-    def onmessageerror(self, fn: Callable[[MessageErrorEvent], Any] | None) -> None:
-        self._set_handler("messageerror", fn)
 
     @property
     def onerror(self) -> Callable[[ErrorEvent], Any] | None:

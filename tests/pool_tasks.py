@@ -109,6 +109,10 @@ def state(key: str) -> Any:
     return _state.get(key)
 
 
+def wait_at(gate: Any) -> None:
+    gate.recv()
+
+
 def fail_to_initialize() -> None:
     raise LookupError("no such database")
 

@@ -201,6 +201,28 @@ def test_a_call_that_waits_is_cancelled_and_never_runs(context: Any) -> None:
     given.close()
 
 
+def test_a_call_that_is_cancelled_before_its_worker_has_begun_does_not_run(context: Any) -> None:
+    (gate, given), (mine, theirs) = gates(2)
+    with WorkerPool(1, context=context, grace=20, initializer=tasks.wait_at, initargs=(given,)) as pool:
+        assert pool.submit(tasks.hold, theirs).cancel()
+        gate.post_message("begin")
+        assert pool.submit(tasks.square, 2).result(20) == 4
+        with pytest.raises(mpchannel.PortClosedError):
+            mine.recv(20)
+    gate.close()
+
+
+def test_the_time_of_a_call_begins_when_its_worker_has_begun(context: Any) -> None:
+    gate, given = mpchannel.MessageChannel()
+    with WorkerPool(1, context=context, initializer=tasks.wait_at, initargs=(given,)) as pool, gate:
+        future = pool.options(timeout=0.5).submit(tasks.square, 3)
+        with pytest.raises(TimeoutError):
+            future.result(0.7)  # the caller's patience, not the call's
+        assert not future.done()
+        gate.post_message("begin")
+        assert future.result(20) == 9
+
+
 def test_a_running_call_that_looks_ends_by_itself_and_keeps_its_worker(context: Any) -> None:
     mine, theirs = mpchannel.MessageChannel()
     with WorkerPool(1, context=context, grace=20) as pool, mine:
