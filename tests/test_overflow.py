@@ -488,6 +488,7 @@ def test_memory_is_given_back_while_the_overflow_is_read(channel: tuple[Any, Any
 
 def test_nothing_is_held_any_more_when_all_was_taken(channel: tuple[Any, Any]) -> None:
     near, far = channel
+    gc.collect()  # what other tests left
     before = len(os.listdir("/proc/self/fd"))
     for round in range(10):
         for number in range(MUCH):
@@ -500,7 +501,7 @@ def test_nothing_is_held_any_more_when_all_was_taken(channel: tuple[Any, Any]) -
     assert far.recv(5)
     gc.collect()
     assert anonymous_files() == {}
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 @pytest.mark.parametrize("count", [1, 100, 1000, 5000])
