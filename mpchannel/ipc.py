@@ -272,7 +272,8 @@ class ChildIpc(_Answering, _End):
 
     def _opened(self) -> None:
         """The child was started."""
-        main._children.add(self)
+        with main.lock:
+            main._children.add(self)
         with self.lock:
             self._attend(main._home)
 
@@ -388,7 +389,9 @@ class Main(_Answering):
         return self._to_all(lambda child: child.send(channel, *args))
 
     def _to_all(self, post: Callable[[ChildIpc], bool]) -> bool:
-        taken = [post(child) for child in list(self._children) if child._port is not None]
+        with self.lock:
+            children = [child for child in self._children if child._port is not None]
+        taken = [post(child) for child in children]
         return any(taken)
 
     def _listeners_changed(self, type: str, added: Any) -> None:
