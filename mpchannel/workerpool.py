@@ -20,6 +20,7 @@ import concurrent.futures
 import os
 import signal
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
@@ -35,7 +36,7 @@ from .context import default_context
 from .errors import DataCloneError, MessageError, PortClosedError, WorkerDied, WorkerStartError
 from .events import CloseEvent, MessageErrorEvent, MessageEvent
 from .port import MessagePort
-from .worker import Worker, _in_words, parent_port
+from .worker import Worker, _in_words, _left, parent_port
 
 __all__ = ["PoolFuture", "Stream", "WorkerPool", "cancelled", "report"]
 
@@ -277,11 +278,11 @@ class _Seat:
                 pool._next(self)  # first, so that the worker is at work while callbacks run
             call._settle(result, error)
 
-    def ended(self, event: CloseEvent) -> None:
+    def ended(self, _: CloseEvent) -> None:
         self.control.close()
         pool = self.pool()
         if pool is not None:
-            pool._lost(self, event)
+            pool._lost(self)
 
 
 class _Options:
@@ -560,7 +561,7 @@ class WorkerPool(concurrent.futures.Executor):
                 seat.control.post_message(seat.number)
                 delivery_thread.call_later(self._grace, partial(_replace, weakref.ref(seat), seat.number))
 
-    def _lost(self, seat: _Seat, event: CloseEvent) -> None:
+    def _lost(self, seat: _Seat) -> None:
         """A worker has ended."""
         with self._lock:
             self._remove(seat)
@@ -577,7 +578,7 @@ class WorkerPool(concurrent.futures.Executor):
             if error is not None and (seat.worker.exitcode or 0) >= 0:  # not if somebody killed it: that is no habit
                 self._break(error, None)
         if call is not None:
-            call._settle(error=_died(seat, call, event))
+            call._settle(error=_died(seat, call))
         self._refill()
 
     def _break(self, error: BaseException, packed: Packed | None) -> None:
@@ -627,7 +628,7 @@ class WorkerPool(concurrent.futures.Executor):
         items = zip(*iterables, strict=False)
         chunks = iter(lambda: list(islice(items, chunksize)), [])
         ahead: deque[PoolFuture[list[T]]] = deque()
-        deadline = _Deadline(timeout)
+        deadline = None if timeout is None else time.monotonic() + timeout
 
         def fill() -> None:
             for chunk in islice(chunks, (buffersize or 8 * self._max_workers) - len(ahead)):
@@ -636,7 +637,7 @@ class WorkerPool(concurrent.futures.Executor):
         def results() -> Iterator[T]:
             try:
                 while ahead:
-                    chunk = ahead[0].result(deadline.left)
+                    chunk = ahead[0].result(_left(deadline))
                     ahead.popleft()
                     fill()
                     yield from chunk
@@ -650,18 +651,6 @@ class WorkerPool(concurrent.futures.Executor):
 
 def _run_chunk(fn: Callable[..., T], chunk: list[tuple[Any, ...]]) -> list[T]:
     return [fn(*args) for args in chunk]
-
-
-class _Deadline:
-    def __init__(self, timeout: float | None) -> None:
-        import time
-
-        self._clock = time.monotonic
-        self._end = None if timeout is None else time.monotonic() + timeout
-
-    @property
-    def left(self) -> float | None:
-        return None if self._end is None else max(0.0, self._end - self._clock())
 
 
 def _dismiss(seats: list[_Seat]) -> None:
@@ -685,7 +674,7 @@ def _expire(reference: weakref.ref[PoolFuture[Any]], number: int) -> None:
     if call is None or call._seat is None or call._seat.number != number or call.done():
         return
     pool = call._pool
-    call.set_exception(TimeoutError(f"{_describe(call)} did not end in {call._options._timeout} s, and is stopped"))
+    call._settle(error=TimeoutError(f"{_describe(call)} did not end in {call._options._timeout} s, and is stopped"))
     if pool is not None:
         pool._abandon(call)
 
@@ -694,12 +683,12 @@ def _describe(call: PoolFuture[Any]) -> str:
     return f"the call of {call._name}"
 
 
-def _died(seat: _Seat, call: PoolFuture[Any], event: CloseEvent) -> WorkerDied:
+def _died(seat: _Seat, call: PoolFuture[Any]) -> WorkerDied:
     worker = seat.worker
     worker.join(5)
     code = worker.exitcode
     hint = ""
-    if code == -9:
+    if code == -signal.SIGKILL:
         hint = (
             "; if nobody killed it, the system may have run out of memory: look at `dmesg`, and at how much it needed"
         )
@@ -724,7 +713,7 @@ class Stream(Generic[T]):
             self._reply.close()
             theirs.close()
             raise
-        self._call.add_done_callback(partial(_close_unless_moved, theirs))
+        self._call.add_done_callback(lambda _: theirs.close())  # if it has not moved
 
     def __iter__(self) -> Self:
         return self
@@ -803,7 +792,3 @@ class Stream(Generic[T]):
 
     def __repr__(self) -> str:
         return f"<Stream of {_describe(self._call)}, {'over' if self._over else 'open'}>"
-
-
-def _close_unless_moved(port: AnyPort, _: object) -> None:
-    port.close()
