@@ -11,7 +11,8 @@ reduction, process,     how ports get into other processes; the standard library
 context
 ipc, _window            named channels between a parent and its children; window, a process's own message target
 worker                  Worker, parent_port, worker_data
-workerpool              WorkerPool: an Executor of workers
+remote                  expose, wrap: objects that live behind a port
+_task, workerpool             WorkerPool: an Executor of workers
 _forward                the rest of multiprocessing
 """
 
@@ -21,6 +22,7 @@ import sys
 from typing import Any
 
 from . import _forward, ipc
+from ._task import cancelled, report
 from ._window import window
 from .channel import MessageChannel, receive_message_on_port, wait
 from .context import default_context, get_context
@@ -37,8 +39,9 @@ from .errors import (
 )
 from .events import CloseEvent, ErrorEvent, ExitEvent, MessageErrorEvent, MessageEvent
 from .port import MessagePort
+from .remote import awrap, expose, release, wrap
 from .worker import Worker, parent_port, worker_data
-from .workerpool import WorkerPool, cancelled, report
+from .workerpool import WorkerPool
 
 __version__ = "0.1.0"
 
@@ -67,15 +70,19 @@ __all__ = [
     "WorkerDied",
     "WorkerPool",
     "WorkerStartError",
+    "awrap",
     "cancelled",
+    "expose",
     "get_context",
     "ipc",
     "parent_port",
     "receive_message_on_port",
+    "release",
     "report",
     "wait",
     "window",
     "worker_data",
+    "wrap",
 ]
 __all__ += [name for name in _forwarded if name not in __all__]
 

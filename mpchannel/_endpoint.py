@@ -23,7 +23,7 @@ import enum
 import os
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final, NoReturn, Self
@@ -85,6 +85,7 @@ class Endpoint(EventTarget, Transferable):
 
     __slots__ = (
         "__weakref__",
+        "_afterwards",
         "_closing",
         "_departure",
         "_enabled",
@@ -117,6 +118,7 @@ class Endpoint(EventTarget, Transferable):
         self._parked = False  # a message is in the way of the close somebody waits for: look again after a take
         self._look_due = False
         self._closing: tuple[partial[None], ...] = ()  # coroutines that wait for the close
+        self._afterwards: tuple[Callable[[], None], ...] = ()  # called when this object is of no more use, anywhere
         self._end: End | None = None
         self._departure: Departure | None = None
 
@@ -487,6 +489,8 @@ class Endpoint(EventTarget, Transferable):
     def _tell_closing(self) -> None:
         for tell in self._closing:
             tell()
+        for call in self._afterwards:
+            call()
 
     def __repr__(self) -> str:
         link = self._link

@@ -28,8 +28,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Final, NoReturn, final
 
-from ._delivery import Home, delivery_thread, home
-from ._failure import pack_error, unpack_error
+from ._answer import answer
+from ._delivery import Home, home
+from ._failure import unpack_error
 from .channel import MessageChannel
 from .errors import DataCloneError, PortClosedError
 from .events import CloseEvent, Event, EventTarget, MessageEvent
@@ -320,49 +321,17 @@ class ChildIpc(_Answering, _End):
         return here or there
 
     def _answer(self, event: IpcEvent, reply: AnyPort) -> None:
-        try:
+        def call() -> Any:
             fn = self._functions.get(event.type) or main._functions.get(event.type)
             if fn is None:
                 handled = ", ".join(map(repr, sorted({*self._functions, *main._functions}))) or "none"
                 raise LookupError(f"no function handles {event.type!r} in process {os.getpid()}; handled: {handled}")
-            result = fn(event, *event.args)
-            if hasattr(result, "__await__"):
-                if self._at is delivery_thread:
-                    if hasattr(result, "close"):
-                        result.close()  # or Python would warn that it was never awaited
-                    raise TypeError(
-                        f"{fn!r}, which handles {event.type!r}, is a coroutine function, and needs an asyncio loop: "
-                        "call handle() in the loop's thread while the loop runs"
-                    )
-                self._at.run([_answer_later(result, reply)])
-                return
-        except BaseException as error:
-            reply.post_message((False, pack_error(error)))
-            if not isinstance(error, Exception):
-                raise  # KeyboardInterrupt, SystemExit: this process is meant as well
-        else:
-            _post_result(reply, result)
+            return fn(event, *event.args)
+
+        answer(call, lambda good, result: reply.post_message((good, result)), self._at, f"what handles {event.type!r}")
 
     def __repr__(self) -> str:
         return f"<ipc of {self._child()!r}>"
-
-
-def _post_result(reply: AnyPort, result: Any) -> None:
-    try:
-        reply.post_message((True, result))
-    except Exception as error:  # whoever asked is told
-        reply.post_message((False, pack_error(error)))
-
-
-async def _answer_later(awaitable: Any, reply: AnyPort) -> None:
-    try:
-        result = await awaitable
-    except BaseException as error:
-        reply.post_message((False, pack_error(error)))
-        if not isinstance(error, Exception):
-            raise
-    else:
-        _post_result(reply, result)
 
 
 @final

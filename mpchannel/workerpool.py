@@ -23,135 +23,28 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 from itertools import count, islice
-from typing import Any, Final, Generic, ParamSpec, Self, TypeVar, final
+from typing import Any, Final, ParamSpec, TypeVar, final
 
 from . import _clone
 from ._delivery import delivery_thread
-from ._failure import Packed, pack_error, unpack_error
+from ._failure import Packed, unpack_error
+from ._stream import Stream
+from ._task import BROKEN, DONE, READY, REPORT, run_chunk, serve
 from .channel import MessageChannel
 from .context import default_context
-from .errors import DataCloneError, MessageError, PortClosedError, WorkerDied, WorkerStartError
+from .errors import PortClosedError, WorkerDied, WorkerStartError
 from .events import CloseEvent, MessageErrorEvent, MessageEvent
 from .port import MessagePort
-from .worker import Worker, _in_words, _left, parent_port
+from .worker import Worker, _in_words, _left
 
-__all__ = ["PoolFuture", "Stream", "WorkerPool", "cancelled", "report"]
+__all__ = ["PoolFuture", "PoolStream", "WorkerPool"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 AnyPort = MessagePort[Any, Any]
-
-_READY, _BROKEN, _DONE, _FAILED, _REPORT, _VALUE = "ready", "broken", "done", "failed", "report", "value"
-WINDOW: Final = 64
-"""Values that a stream is ahead of its reader, at most."""
-
-
-# In the worker
-
-
-class _Here:
-    """The task that this worker is at."""
-
-    control: AnyPort | None = None
-    number = 0
-    stop = False
-
-
-def cancelled() -> bool:
-    """In a task: whether it was cancelled, or has run out of time, and should end. ``False`` elsewhere."""
-    control = _Here.control
-    while control is not None and not _Here.stop and control.poll():
-        _Here.stop = control.recv() == _Here.number
-    return _Here.stop
-
-
-def report(done: float, total: float | None = None, text: str = "") -> None:
-    """In a task: how far it is. The caller's ``on_progress`` gets the same arguments. Nothing elsewhere."""
-    port = parent_port()
-    if _Here.control is not None and port is not None:
-        port.post_message((_REPORT, (done, total, text)))
-
-
-def _serve(control: AnyPort, initializer: Callable[..., Any] | None, initargs: tuple[Any, ...]) -> None:
-    port = parent_port()
-    assert port is not None
-    try:
-        if initializer is not None:
-            initializer(*initargs)
-    except BaseException as error:
-        port.post_message((_BROKEN, pack_error(error)))
-        return
-    _Here.control = control
-    port.post_message((_READY, None))
-    while True:
-        _Here.number += 1
-        try:
-            task = port.recv()
-        except PortClosedError:
-            return
-        except MessageError as error:  # the task cannot be loaded here
-            port.post_message((_FAILED, pack_error(error.__cause__ or error)))
-            continue
-        if task is None:
-            return
-        _Here.stop = False
-        answer: tuple[str, Any]
-        if cancelled():  # before it began
-            port.post_message((_DONE, None))
-            continue
-        try:
-            fn, args, kwargs, *stream = task
-            del task
-            answer = _DONE, _run_stream(fn, args, kwargs, *stream) if stream else fn(*args, **kwargs)
-            del fn, args, kwargs, stream
-        except BaseException as error:
-            answer = _FAILED, pack_error(error)
-        try:
-            port.send(answer)
-        except BrokenPipeError:
-            return  # nobody is there any more
-        except Exception as error:  # whatever it is that cannot be sent: who called is told
-            port.post_message((_FAILED, pack_error(error)))
-        del answer
-
-
-def _run_stream(fn: Callable[..., Any], args: Any, kwargs: Any, reader: AnyPort, ahead: int) -> Any:
-    values = iter(fn(*args, **kwargs))
-    try:
-        with reader:
-            while True:
-                if cancelled():
-                    return None
-                try:
-                    value = next(values)
-                except StopIteration as end:
-                    reader.post_message((_DONE, None))
-                    return end.value
-                except BaseException as error:
-                    reader.post_message((_FAILED, pack_error(error)))
-                    raise
-                try:
-                    wanted = reader.post_message((_VALUE, value))
-                except DataCloneError as error:
-                    reader.post_message((_FAILED, pack_error(error)))
-                    raise
-                if not wanted:
-                    return None
-                ahead -= 1
-                while ahead <= 0:
-                    try:
-                        ahead += reader.recv()
-                    except PortClosedError:
-                        return None
-    finally:
-        if hasattr(values, "close"):
-            values.close()  # runs its finally
-
-
-# In the caller
 
 _cancelling: Final = threading.Lock()
 
@@ -252,20 +145,20 @@ class _Seat:
     def heard(self, event: MessageEvent[Any]) -> None:
         kind, value = event.data
         del event
-        if kind == _REPORT:
+        if kind == REPORT:
             call = self.call
             if call is not None and call._options._on_progress is not None and not call.done():
                 call._options._on_progress(*value)
-        elif kind == _READY:
+        elif kind == READY:
             self.ready = True
             self.time()
-        elif kind == _BROKEN:
+        elif kind == BROKEN:
             pool = self.pool()
             if pool is not None:
                 error = WorkerStartError(f"the initializer failed in {self.worker.name}: {value[1].splitlines()[-1]}")
                 pool._break(error, value)
         else:
-            self.free(value, None if kind == _DONE else unpack_error(value))
+            self.free(value, None if kind == DONE else unpack_error(value))
 
     def misheard(self, event: MessageErrorEvent) -> None:
         self.free(None, event.error)
@@ -321,9 +214,9 @@ class _Options:
         """As ``WorkerPool.map``."""
         return self._pool._map(fn, iterables, timeout, chunksize, buffersize, self)
 
-    def stream(self, fn: Callable[P, Iterable[T]], /, *args: P.args, **kwargs: P.kwargs) -> Stream[T]:
+    def stream(self, fn: Callable[P, Iterable[T]], /, *args: P.args, **kwargs: P.kwargs) -> PoolStream[T]:
         """As ``WorkerPool.stream``."""
-        return Stream(self._pool, fn, args, kwargs, self)
+        return PoolStream(self._pool, fn, args, kwargs, self)
 
 
 class WorkerPool(concurrent.futures.Executor):
@@ -402,11 +295,11 @@ class WorkerPool(concurrent.futures.Executor):
         """
         return self._map(fn, iterables, timeout, chunksize, buffersize, self._plain)
 
-    def stream(self, fn: Callable[P, Iterable[T]], /, *args: P.args, **kwargs: P.kwargs) -> Stream[T]:
+    def stream(self, fn: Callable[P, Iterable[T]], /, *args: P.args, **kwargs: P.kwargs) -> PoolStream[T]:
         """The values of a generator function as they come: for ``for`` and ``async for``. It is at most 64 values ahead
         of its reader. ``close()`` stops it, and its ``finally`` runs; so does leaving ``with``.
         """
-        return Stream(self, fn, args, kwargs, self._plain)
+        return PoolStream(self, fn, args, kwargs, self._plain)
 
     def options(
         self,
@@ -496,7 +389,7 @@ class WorkerPool(concurrent.futures.Executor):
         control, theirs = MessageChannel()
         try:
             args = (theirs, self._initializer, self._initargs)
-            worker = Worker(_serve, *args, name=f"{self._name}-{next(self._numbers)}", context=self._context)
+            worker = Worker(serve, *args, name=f"{self._name}-{next(self._numbers)}", context=self._context)
             seat = _Seat(self, worker, control)
             with self._lock:
                 self._seats.append(seat)
@@ -632,7 +525,7 @@ class WorkerPool(concurrent.futures.Executor):
 
         def fill() -> None:
             for chunk in islice(chunks, (buffersize or 8 * self._max_workers) - len(ahead)):
-                ahead.append(self._submit(_run_chunk, (fn, chunk), {}, options, name=fn))
+                ahead.append(self._submit(run_chunk, (fn, chunk), {}, options, name=fn))
 
         def results() -> Iterator[T]:
             try:
@@ -647,10 +540,6 @@ class WorkerPool(concurrent.futures.Executor):
 
         fill()
         return results()
-
-
-def _run_chunk(fn: Callable[..., T], chunk: list[tuple[Any, ...]]) -> list[T]:
-    return [fn(*args) for args in chunk]
 
 
 def _dismiss(seats: list[_Seat]) -> None:
@@ -699,96 +588,30 @@ def _died(seat: _Seat, call: PoolFuture[Any]) -> WorkerDied:
 
 
 @final
-class Stream(Generic[T]):
-    """The values of a generator function in a worker, for ``for`` and ``async for``. See ``WorkerPool.stream``."""
+class PoolStream(Stream[T]):
+    """The values of a generator function in a worker. See ``WorkerPool.stream``."""
 
     def __init__(self, pool: WorkerPool, fn: Callable[..., Any], args: Any, kwargs: Any, options: _Options) -> None:
-        self._reply: AnyPort
-        self._reply, theirs = MessageChannel()
-        self._taken = 0
-        self._over = False
+        port, theirs = MessageChannel()
+        super().__init__(port)
         try:
-            self._call = pool._submit(fn, args, kwargs, options, theirs, WINDOW)
+            self._call = pool._submit(fn, args, kwargs, options, theirs)
         except BaseException:
-            self._reply.close()
+            port.close()
             theirs.close()
             raise
         self._call.add_done_callback(lambda _: theirs.close())  # if it has not moved
 
-    def __iter__(self) -> Self:
-        return self
+    def _ended_early(self, error: PortClosedError) -> None:
+        self._call.result()
 
-    def __next__(self) -> T:
-        if self._over:
-            raise StopIteration
-        try:
-            kind, value = self._reply.recv()
-        except PortClosedError:
-            kind, value = self._ended_early(self._call.exception())
-        if self._accept(kind, value):
-            return value  # type: ignore[no-any-return]
-        raise StopIteration
-
-    def __aiter__(self) -> AsyncIterator[T]:
-        return self
-
-    async def __anext__(self) -> T:
-        if self._over:
-            raise StopAsyncIteration
-        try:
-            kind, value = await self._reply.arecv()
-        except PortClosedError:
-            try:
-                await self._call
-            except BaseException as error:
-                kind, value = self._ended_early(error)
-            else:
-                kind, value = self._ended_early(None)
-        if self._accept(kind, value):
-            return value  # type: ignore[no-any-return]
-        raise StopAsyncIteration
-
-    def _ended_early(self, error: BaseException | None) -> tuple[str, Any]:
-        self._over = True
-        if error is not None:
-            raise error
-        return _DONE, None
-
-    def _accept(self, kind: str, value: Any) -> bool:
-        """Whether *value* is one of the stream's."""
-        if kind == _VALUE:
-            self._taken += 1
-            if self._taken >= WINDOW // 2:
-                self._reply.post_message(self._taken)
-                self._taken = 0
-            return True
-        self._over = True
-        self._reply.close()
-        if kind == _FAILED:
-            raise unpack_error(value)
-        return False
+    async def _aended_early(self, error: PortClosedError) -> None:
+        await self._call
 
     def close(self) -> None:
         """Enough. The generator is closed at its next value; after the pool's ``grace`` its worker is replaced."""
-        self._over = True
-        self._reply.close()
+        super().close()
         self._call.cancel()
 
-    async def aclose(self) -> None:
-        """``close`` for asyncio."""
-        self.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"<Stream of {_describe(self._call)}, {'over' if self._over else 'open'}>"
+    def _name(self) -> str:
+        return f"of {_describe(self._call)}"

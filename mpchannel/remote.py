@@ -1,0 +1,519 @@
+"""Objects that live behind a port: ``expose(obj, port)`` there, ``wrap(port)`` or ``awrap(port)`` here.
+
+    caller                                            where the object lives
+    port     === lane, request, request, ... ===>     expose: obj.method(*args), where listeners run
+    a lane   <== its answer =====================     one request at a time has it
+    ports of their own: values of a generator (_stream), and functions among arguments, which stay with the caller
+
+Requests go through one port, so they begin in the order of their calls. Answers come back each by a *lane*, a channel
+that is made once and used again: whoever waits receives its own answer itself, in one system call, with no thread
+between; an answer that cannot be loaded is known by its lane; and a call that is given up closes it, which the other
+side hears. A request begins with the number of its lane, so that one whose rest cannot be loaded is answered as well.
+
+House rules: arguments and results are copied, ports among them move. A function that is itself an argument is called
+where it came from: by the thread that waits for the call, as long as it does, and then where listeners run. When the
+port is over, so are its lanes, whoever closed it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
+from itertools import count
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any, Final, NamedTuple, NoReturn, Self
+
+from . import _clone
+from ._answer import answer
+from ._delivery import Home, delivery_thread, home
+from ._failure import pack_error, unpack_error
+from ._stream import Stream, write_in_turns
+from .channel import MessageChannel, receive_message_on_port, wait
+from .errors import MessageError, PortClosedError
+from .events import CloseEvent, MessageErrorEvent, MessageEvent
+from .port import MessagePort
+from .worker import Worker
+
+__all__ = ["AsyncProxy", "Proxy", "awrap", "expose", "release", "wrap"]
+
+AnyPort = MessagePort[Any, Any]
+
+_GET, _SET, _CALL, _NAMES = "get", "set", "call", "names"
+_FAILED, _RESULT, _METHOD, _STREAM = "failed", "result", "method", "stream"
+_PATIENCE: Final = 0.5  # seconds that a lane may end before the port does
+
+_exposed: Final[dict[tuple[int, bytes], Home]] = {}
+"""By process, which may fork, and channel: where objects are called."""
+_wrapped: Final[weakref.WeakKeyDictionary[AnyPort, weakref.ref[_Caller]]] = weakref.WeakKeyDictionary()
+
+
+class _Loading(threading.local):
+    lane: int | None = None
+
+
+_loading: Final = _Loading()
+
+
+class _LaneNumber(int):
+    """First in each request: known when it is loaded, also if the rest cannot be."""
+
+    def __reduce__(self) -> Any:
+        return _begin_request, (int(self),)
+
+
+def _begin_request(number: int) -> int:
+    _loading.lane = number
+    return number
+
+
+class _Function(NamedTuple):
+    """Stands for a function among the arguments: a port behind which it is exposed."""
+
+    port: AnyPort
+
+
+# Where the object lives
+
+
+def expose(obj: Any, port: AnyPort | Worker) -> None:
+    """Have the other end of *port* use *obj*: its attributes, methods, generators, and *obj* itself if it is callable.
+
+    Returns at once. Calls run where listeners of *port* run (the asyncio loop of this thread, else the delivery
+    thread), one at a time; there coroutine functions are awaited, side by side. Names that begin with an underscore
+    are not served. *obj* is held until the channel is closed. The other end is for ``wrap`` or ``awrap``.
+
+    Raises ``TypeError`` if *port* is no port, ``ValueError`` if it is in use.
+    """
+    _Exposed(obj, _port_of(port, "expose")).start(home())
+
+
+class _Exposed:
+    """An object, and the port through which it is called. The port holds it."""
+
+    def __init__(self, obj: Any, port: AnyPort) -> None:
+        self._obj = obj
+        self.port = port
+        self._lanes: dict[int, AnyPort] = {}
+
+    def start(self, at: Home) -> None:
+        port = self.port
+        _exposed[os.getpid(), port._channel] = at
+        port._set_handler("message", self.heard)
+        port._set_handler("messageerror", self._misheard)
+        port._afterwards += (self._over,)
+        port._start_at(at)
+        if port.closed:
+            self._over()  # before it knew of us
+
+    def heard(self, event: MessageEvent[Any], at: Home | None = None) -> None:
+        """A request. *at*: where what takes its time may go on, if not where the port's listeners run."""
+        _loading.lane = None
+        number, kind, *details = event.data
+        if kind is None:
+            self._lanes[number] = lane = event.ports[0]
+            lane.once("close", partial(self._forget, number))
+            return
+        event.data = None  # the arguments are the method's
+        lane = self._lanes.get(number)
+        if lane is None:
+            return  # given up before it began
+        at = at or self.port._home or home()
+        name = details[0] or "the object"
+        answer(partial(self._do, lane, kind, *details), partial(self._tell, lane, kind, at), at, f"{name}()")
+
+    def _forget(self, number: int, event: CloseEvent) -> None:
+        if self._lanes.get(number) is event.target:
+            del self._lanes[number]
+
+    def _misheard(self, event: MessageErrorEvent) -> None:
+        """The request cannot be loaded here."""
+        lane, _loading.lane = self._lanes.get(-1 if _loading.lane is None else _loading.lane), None
+        if lane is None:
+            raise event.error
+        lane.post_message((_FAILED, pack_error(event.error.__cause__ or event.error)))
+
+    def _do(self, lane: AnyPort, kind: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kind == _NAMES:
+            return [each for each in dir(self._obj) if not each.startswith("_")]
+        if name.startswith("_"):
+            raise AttributeError(f"{name!r} is not served: it begins with an underscore")
+        if kind == _SET:
+            setattr(self._obj, name, *args)
+            return None
+        found = getattr(self._obj, name) if name else self._obj
+        if kind == _GET:
+            return found
+        on_loop = inspect.iscoroutinefunction(found) or inspect.isasyncgenfunction(found)
+        become = partial(_arrived, awrap if on_loop else wrap)
+        result = found(*map(become, args), **{key: become(each) for key, each in kwargs.items()})
+        return _unless_given_up(result, lane) if hasattr(result, "__await__") else result
+
+    def _tell(self, lane: AnyPort, kind: str, at: Home, good: bool, result: Any) -> None:
+        if not good:
+            lane.post_message((_FAILED, result))
+        elif kind == _GET and callable(result):
+            lane.post_message((_METHOD, None))
+        elif kind == _CALL and isinstance(result, (Iterator, AsyncIterator)):
+            if at is delivery_thread and not isinstance(result, Iterator):
+                raise TypeError("an async generator needs an asyncio loop: call expose() in its thread while it runs")
+            ours, theirs = MessageChannel()
+            lane.post_message((_STREAM, theirs), [theirs])
+            write_in_turns(result, ours, at)
+        else:
+            lane._post(_clone.pack((_RESULT, result), _clone.Moving(None)), "returned")
+
+    def _over(self) -> None:
+        _exposed.pop((os.getpid(), self.port._channel), None)
+        self.port._clear_listeners()  # a port that refers to us is a cycle
+        for lane in list(self._lanes.values()):
+            lane._clear_listeners()
+            lane.close()
+        self._lanes.clear()
+        self._obj = None
+
+
+def _arrived(wrap: Callable[[AnyPort], Any], argument: Any) -> Any:
+    return wrap(argument.port) if type(argument) is _Function else argument
+
+
+async def _unless_given_up(awaitable: Any, lane: AnyPort) -> Any:
+    """Await it, until the caller closes the lane."""
+    import asyncio
+
+    task = asyncio.current_task()
+    assert task is not None
+    stop = partial(_cancel, task)
+    lane.on("close", stop)
+    try:
+        return await awaitable
+    finally:
+        lane.off("close", stop)
+
+
+def _cancel(task: Any, _: object) -> None:
+    task.cancel()
+
+
+# Where it is used
+
+
+class _Lane(NamedTuple):
+    number: int
+    port: AnyPort
+
+
+class _Caller:
+    """This side of a channel to an object: what proxies share."""
+
+    def __init__(self, port: AnyPort | Worker, how: str) -> None:
+        self._worker = port if isinstance(port, Worker) else None
+        self.port = _port_of(port, how)
+        self._numbers = count()
+        self._free: list[_Lane] = []
+        _wrapped[self.port] = weakref.ref(self)
+
+    def call(self, kind: str, name: str = "", args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Ask, and wait. Returns or raises what the other side did."""
+        at = _exposed.get((os.getpid(), self.port._channel))
+        if at is not None and at.here:
+            raise RuntimeError(
+                "this call would wait for itself: the object is called in this very thread; use awrap(port), or "
+                "another thread"
+            )
+        lane, functions = self._ask(kind, name, args, kwargs or {})
+        try:
+            if functions:
+                _serve_until(lane.port, functions)
+            said = lane.port.recv()
+        except MessageError:
+            self._free.append(lane)
+            raise
+        except PortClosedError as error:
+            self._raise_unanswered(name, error)
+        except BaseException:
+            lane.port.close()  # nobody waits for the answer any more
+            raise
+        finally:
+            for each in functions:
+                each.start(home())
+        return self._result(lane, said, Method(self, name))
+
+    async def acall(
+        self, kind: str, name: str = "", args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """``call`` for asyncio. Cancelling it cancels a coroutine there."""
+        lane, functions = self._ask(kind, name, args, kwargs or {})
+        for each in functions:
+            each.start(home())
+        try:
+            said = await lane.port.arecv()
+        except MessageError:
+            self._free.append(lane)
+            raise
+        except PortClosedError as error:
+            self._raise_unanswered(name, error)
+        except BaseException:
+            lane.port.close()
+            raise
+        return self._result(lane, said, AsyncAttribute(self, name))
+
+    def _ask(self, kind: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Lane, list[_Exposed]]:
+        functions: list[_Exposed] = []
+        far: list[AnyPort] = []
+
+        def keep(argument: Any) -> Any:
+            if not isinstance(argument, _FUNCTIONS):
+                return argument
+            near, there = MessageChannel()
+            functions.append(_Exposed(argument, near))
+            far.append(there)
+            return _Function(there)
+
+        lane = None
+        try:
+            try:
+                lane = self._free.pop()
+            except IndexError:
+                lane = self._open()
+            given = tuple(map(keep, args)), {key: keep(each) for key, each in kwargs.items()}
+            moving = _clone.Moving(None)
+            request = _clone.pack((_LaneNumber(lane.number), kind, name, *given), moving)
+            for place, each in enumerate(moving.objects):
+                each._check_movable(f"port {place} in the arguments")
+            asked = self.port._post(request, "given to a remote object")
+        except BaseException:
+            for port in (*far, *(each.port for each in functions)):
+                port.close()
+            if lane is not None:
+                self._free.append(lane)
+            raise
+        if not asked:
+            self._raise_unanswered(name, None)
+        return lane, functions
+
+    def _open(self) -> _Lane:
+        ours, theirs = MessageChannel()
+        try:
+            lane = _Lane(next(self._numbers), ours)
+            if not self.port.post_message((lane.number, None, theirs), [theirs]):
+                self._raise_unanswered("", None)
+        except BaseException:
+            ours.close()
+            raise
+        return lane
+
+    def _result(self, lane: _Lane, said: tuple[str, Any], method: Any) -> Any:
+        self._free.append(lane)
+        kind, value = said
+        if kind == _FAILED:
+            raise unpack_error(value)
+        if kind == _METHOD:
+            return method
+        if kind == _STREAM:
+            return Stream(value)
+        return value
+
+    def _raise_unanswered(self, name: str, error: PortClosedError | None) -> NoReturn:
+        """The channel is closed: say why, as the port knows it."""
+        why: BaseException | None = error
+        try:
+            self.port.recv(_PATIENCE)
+        except PortClosedError as closed:
+            why = error = closed
+        except TimeoutError:
+            pass
+        if self._worker is not None:
+            self._worker._reap(_PATIENCE)
+            why = (self._worker.exitcode is not None and self._worker._what_escaped()) or why
+        call = f"the call of {name}()" if name else "this call"
+        text = error if error is not None else "the channel is closed"
+        raise PortClosedError(f"{call} will not be answered: {text}", None if error is None else error.reason) from why
+
+    def close(self) -> None:
+        self.port.close()
+        while self._free:
+            self._free.pop().port.close()
+
+    def __repr__(self) -> str:
+        return repr(self._worker or self.port)
+
+
+def _serve_until(lane: AnyPort, functions: list[_Exposed]) -> None:
+    """Call *functions* when the other side does, until the answer is there."""
+    while True:
+        ready = wait([lane, *(each.port for each in functions if not each.port.closed)])
+        if lane in ready:
+            return
+        for each in functions:
+            if each.port in ready:
+                event = receive_message_on_port(each.port)
+                if event is not None:
+                    each.heard(event, delivery_thread)
+
+
+class Proxy:
+    """Stands for an object behind a port, as ``wrap`` gives it: attributes are got and set there, methods called
+    there, and each waits for the answer. Names with an underscore are this object's own. ``with`` releases it.
+    """
+
+    __slots__ = ("__weakref__", "_caller", "_methods")
+
+    def __init__(self, caller: _Caller) -> None:
+        self._caller = caller
+        self._methods: dict[str, Method] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(f"{name!r}: names with an underscore are local, and a proxy has no such one")
+        found = self._methods.get(name)
+        if found is None:
+            found = self._caller.call(_GET, name)
+            if type(found) is Method:
+                self._methods[name] = found
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            object.__setattr__(self, name, value)
+        else:
+            self._caller.call(_SET, name, (value,))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._caller.call(_CALL, "", args, kwargs)
+
+    def __dir__(self) -> list[str]:
+        return list(self._caller.call(_NAMES))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._caller.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a proxy stays in its process; as an argument of a remote call it is passed on as a function is, "
+            "else send a port, and wrap that"
+        )
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of an object behind {self._caller!r}>"
+
+
+class Method:
+    """A method of an object behind a port."""
+
+    __slots__ = ("__name__", "_caller")
+
+    def __init__(self, caller: _Caller, name: str) -> None:
+        self._caller = caller
+        self.__name__ = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._caller.call(_CALL, self.__name__, args, kwargs)
+
+    def __reduce__(self) -> NoReturn:
+        Proxy.__reduce__(self)  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        return f"<method {self.__name__!r} of an object behind {self._caller!r}>"
+
+
+class AsyncProxy(Proxy):
+    """Stands for an object behind a port, as ``awrap`` gives it: ``await proxy.attribute``, ``await proxy.method()``,
+    ``async for value in await proxy.generator()``. Calls begin in the order in which they were made.
+    """
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(f"{name!r}: names with an underscore are local, and a proxy has no such one")
+        return AsyncAttribute(self._caller, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_"):
+            raise AttributeError(f"an assignment cannot be awaited: have a method of the object set {name!r}")
+        object.__setattr__(self, name, value)
+
+    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return await self._caller.acall(_CALL, "", args, kwargs)
+
+    def __dir__(self) -> list[str]:
+        return []  # to ask would be to wait
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._caller.close()
+
+
+class AsyncAttribute:
+    """An attribute of an object behind a port: await it, or call it and await that."""
+
+    __slots__ = ("__name__", "_caller")
+
+    def __init__(self, caller: _Caller, name: str) -> None:
+        self._caller = caller
+        self.__name__ = name
+
+    def __await__(self) -> Any:
+        return self._caller.acall(_GET, self.__name__).__await__()
+
+    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return await self._caller.acall(_CALL, self.__name__, args, kwargs)
+
+    def __repr__(self) -> str:
+        return f"<attribute {self.__name__!r} of an object behind {self._caller!r}>"
+
+
+_FUNCTIONS: Final = (FunctionType, MethodType, BuiltinFunctionType, partial, Proxy, Method, AsyncAttribute)
+"""What stays with the caller when it is an argument."""
+
+
+def wrap(port: AnyPort | Worker) -> Any:
+    """A proxy for the object that the other end of *port*, or a ``Worker``, exposes: use it as if it were here.
+
+    ``proxy.name`` and ``proxy.method(...)`` wait for the answer. Exceptions are raised as themselves, with the
+    traceback there as ``__cause__``; a method that does not exist is an ``AttributeError`` at once. What a generator
+    yields comes as a ``Stream``. Arguments are copied, ports among them move; a function (lambda, method, partial,
+    proxy) that is an argument itself is called here, when the other side calls it, by the thread that waits meanwhile,
+    else where listeners run. For type checkers: ``store: Store = wrap(port)``.
+
+    When the other side closes or ends, pending and later calls raise ``PortClosedError`` with the reason. ``release``
+    lets go; so does dropping the proxy. The port is the proxy's from now on.
+
+    Raises ``TypeError`` if *port* is no port, ``ValueError`` if it is in use, ``PortDetachedError`` if it has moved.
+    """
+    return Proxy(_Caller(port, "wrap"))
+
+
+def awrap(port: AnyPort | Worker) -> Any:
+    """``wrap`` for asyncio: ``await proxy.name``, ``await proxy.method(...)``. Cancelling that cancels a coroutine at
+    the other side. Functions among the arguments may be coroutine functions; all are called on this loop.
+    """
+    return AsyncProxy(_Caller(port, "awrap"))
+
+
+def release(proxy: Any) -> None:
+    """Let go of the object behind *proxy*: its channel is closed, and what exposes the object lets go of it too."""
+    if not isinstance(proxy, Proxy):
+        raise TypeError(f"release takes what wrap or awrap returned, not {proxy!r}")
+    proxy._caller.close()
+
+
+def _port_of(port: Any, how: str) -> AnyPort:
+    found = port._port if isinstance(port, Worker) else port
+    if not isinstance(found, MessagePort):
+        raise TypeError(f"{how} takes a MessagePort or a Worker, not {port!r}")
+    if found._departure is not None:
+        raise found._departure.error()
+    user = _wrapped.get(found)
+    if found._listeners.get("message") or (user is not None and user() is not None):
+        raise ValueError(f"{found!r} is in use: it was exposed or wrapped before, or something listens to its messages")
+    return found
