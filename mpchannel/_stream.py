@@ -122,7 +122,7 @@ class Stream(Generic[T]):
 
 
 def write(values: Iterator[Any], port: AnyPort, stopped: Callable[[], bool]) -> Any:
-    """Post *values* until *stopped* or nobody reads on, waiting for the reader. Returns what their generator returns."""
+    """Post *values* until *stopped* or nobody reads on; waits for the reader. Returns what the generator returns."""
     ahead = WINDOW
     try:
         with port:

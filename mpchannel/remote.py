@@ -21,7 +21,7 @@ import inspect
 import os
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from itertools import count
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -148,16 +148,16 @@ class _Exposed:
         if kind == _GET:
             return found
         on_loop = inspect.iscoroutinefunction(found) or inspect.isasyncgenfunction(found)
-        become = partial(_arrived, awrap if on_loop else wrap)
+        become = partial(_arrived, AsyncProxy if on_loop else Proxy)
         result = found(*map(become, args), **{key: become(each) for key, each in kwargs.items()})
-        return _unless_given_up(result, lane) if hasattr(result, "__await__") else result
+        return _UnlessGivenUp(result, lane) if hasattr(result, "__await__") else result
 
     def _tell(self, lane: AnyPort, kind: str, at: Home, good: bool, result: Any) -> None:
         if not good:
             lane.post_message((_FAILED, result))
         elif kind == _GET and callable(result):
             lane.post_message((_METHOD, None))
-        elif kind == _CALL and isinstance(result, (Iterator, AsyncIterator)):
+        elif kind == _CALL and isinstance(result, (Iterator, AsyncIterator)) and not isinstance(result, MessagePort):
             if at is delivery_thread and not isinstance(result, Iterator):
                 raise TypeError("an async generator needs an asyncio loop: call expose() in its thread while it runs")
             ours, theirs = MessageChannel()
@@ -176,22 +176,34 @@ class _Exposed:
         self._obj = None
 
 
-def _arrived(wrap: Callable[[AnyPort], Any], argument: Any) -> Any:
-    return wrap(argument.port) if type(argument) is _Function else argument
+def _arrived(kind: type[Proxy], argument: Any) -> Any:
+    return kind(_Caller(argument.port)) if type(argument) is _Function else argument
 
 
-async def _unless_given_up(awaitable: Any, lane: AnyPort) -> Any:
-    """Await it, until the caller closes the lane."""
-    import asyncio
+class _UnlessGivenUp:
+    """To be awaited until the caller closes the lane."""
 
-    task = asyncio.current_task()
-    assert task is not None
-    stop = partial(_cancel, task)
-    lane.on("close", stop)
-    try:
-        return await awaitable
-    finally:
-        lane.off("close", stop)
+    def __init__(self, awaitable: Any, lane: AnyPort) -> None:
+        self._awaitable = awaitable
+        self._lane = lane
+
+    def __await__(self) -> Any:
+        return self._run().__await__()
+
+    async def _run(self) -> Any:
+        import asyncio
+
+        stop = partial(_cancel, asyncio.current_task())
+        self._lane.on("close", stop)
+        try:
+            return await self._awaitable
+        finally:
+            self._lane.off("close", stop)
+
+    def close(self) -> None:
+        """It will not be awaited."""
+        if hasattr(self._awaitable, "close"):
+            self._awaitable.close()
 
 
 def _cancel(task: Any, _: object) -> None:
@@ -209,11 +221,12 @@ class _Lane(NamedTuple):
 class _Caller:
     """This side of a channel to an object: what proxies share."""
 
-    def __init__(self, port: AnyPort | Worker, how: str) -> None:
-        self._worker = port if isinstance(port, Worker) else None
-        self.port = _port_of(port, how)
+    def __init__(self, port: AnyPort, worker: Worker | None = None) -> None:
+        self.port = port
+        self._worker = worker
         self._numbers = count()
         self._free: list[_Lane] = []
+        self._busy: set[_Lane] = set()
         _wrapped[self.port] = weakref.ref(self)
 
     def call(self, kind: str, name: str = "", args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -229,14 +242,8 @@ class _Caller:
             if functions:
                 _serve_until(lane.port, functions)
             said = lane.port.recv()
-        except MessageError:
-            self._free.append(lane)
-            raise
-        except PortClosedError as error:
-            self._raise_unanswered(name, error)
-        except BaseException:
-            lane.port.close()  # nobody waits for the answer any more
-            raise
+        except BaseException as error:
+            self._raise(error, lane, name)
         finally:
             for each in functions:
                 each.start(home())
@@ -251,15 +258,24 @@ class _Caller:
             each.start(home())
         try:
             said = await lane.port.arecv()
-        except MessageError:
-            self._free.append(lane)
-            raise
-        except PortClosedError as error:
-            self._raise_unanswered(name, error)
-        except BaseException:
-            lane.port.close()
-            raise
+        except BaseException as error:
+            self._raise(error, lane, name)
         return self._result(lane, said, AsyncAttribute(self, name))
+
+    def _raise(self, error: BaseException, lane: _Lane, name: str) -> NoReturn:
+        """*error* came up while a call waited for its answer."""
+        if isinstance(error, MessageError):  # which has come, and cannot be loaded
+            self._put_back(lane)
+            raise error
+        self._busy.discard(lane)
+        lane.port.close()  # the other side hears that nobody waits any more
+        if isinstance(error, PortClosedError):
+            self._raise_unanswered(name, error)
+        raise error
+
+    def _put_back(self, lane: _Lane) -> None:
+        self._busy.discard(lane)
+        self._free.append(lane)
 
     def _ask(self, kind: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Lane, list[_Exposed]]:
         functions: list[_Exposed] = []
@@ -275,10 +291,8 @@ class _Caller:
 
         lane = None
         try:
-            try:
-                lane = self._free.pop()
-            except IndexError:
-                lane = self._open()
+            lane = self._free_lane()
+            self._busy.add(lane)
             given = tuple(map(keep, args)), {key: keep(each) for key, each in kwargs.items()}
             moving = _clone.Moving(None)
             request = _clone.pack((_LaneNumber(lane.number), kind, name, *given), moving)
@@ -289,11 +303,20 @@ class _Caller:
             for port in (*far, *(each.port for each in functions)):
                 port.close()
             if lane is not None:
-                self._free.append(lane)
+                self._put_back(lane)
             raise
         if not asked:
             self._raise_unanswered(name, None)
         return lane, functions
+
+    def _free_lane(self) -> _Lane:
+        while True:
+            try:
+                lane = self._free.pop()
+            except IndexError:
+                return self._open()
+            if lane.port._departure is None:  # else this is a forked child, and it was the parent's
+                return lane
 
     def _open(self) -> _Lane:
         ours, theirs = MessageChannel()
@@ -307,7 +330,7 @@ class _Caller:
         return lane
 
     def _result(self, lane: _Lane, said: tuple[str, Any], method: Any) -> Any:
-        self._free.append(lane)
+        self._put_back(lane)
         kind, value = said
         if kind == _FAILED:
             raise unpack_error(value)
@@ -333,10 +356,16 @@ class _Caller:
         text = error if error is not None else "the channel is closed"
         raise PortClosedError(f"{call} will not be answered: {text}", None if error is None else error.reason) from why
 
+    def movable(self) -> AnyPort:
+        """What moves if a proxy is given to another process."""
+        if self._worker is not None:
+            raise TypeError(f"a proxy of {self._worker!r} stays with it; have the worker expose its object to a port")
+        return self.port
+
     def close(self) -> None:
         self.port.close()
-        while self._free:
-            self._free.pop().port.close()
+        for lane in [*self._free, *self._busy]:
+            lane.port.close()
 
     def __repr__(self) -> str:
         return repr(self._worker or self.port)
@@ -358,6 +387,7 @@ def _serve_until(lane: AnyPort, functions: list[_Exposed]) -> None:
 class Proxy:
     """Stands for an object behind a port, as ``wrap`` gives it: attributes are got and set there, methods called
     there, and each waits for the answer. Names with an underscore are this object's own. ``with`` releases it.
+    Given to a process, it moves there, as its port would.
     """
 
     __slots__ = ("__weakref__", "_caller", "_methods")
@@ -394,11 +424,12 @@ class Proxy:
     def __exit__(self, *_: object) -> None:
         self._caller.close()
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "a proxy stays in its process; as an argument of a remote call it is passed on as a function is, "
-            "else send a port, and wrap that"
-        )
+    def __reduce__(self) -> Any:
+        return type(self)._wrapping, (self._caller.movable(),)
+
+    @classmethod
+    def _wrapping(cls, port: AnyPort) -> Self:
+        return cls(_Caller(port))
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of an object behind {self._caller!r}>"
@@ -415,9 +446,6 @@ class Method:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._caller.call(_CALL, self.__name__, args, kwargs)
-
-    def __reduce__(self) -> NoReturn:
-        Proxy.__reduce__(self)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return f"<method {self.__name__!r} of an object behind {self._caller!r}>"
@@ -490,14 +518,14 @@ def wrap(port: AnyPort | Worker) -> Any:
 
     Raises ``TypeError`` if *port* is no port, ``ValueError`` if it is in use, ``PortDetachedError`` if it has moved.
     """
-    return Proxy(_Caller(port, "wrap"))
+    return Proxy(_Caller(_port_of(port, "wrap"), port if isinstance(port, Worker) else None))
 
 
 def awrap(port: AnyPort | Worker) -> Any:
     """``wrap`` for asyncio: ``await proxy.name``, ``await proxy.method(...)``. Cancelling that cancels a coroutine at
     the other side. Functions among the arguments may be coroutine functions; all are called on this loop.
     """
-    return AsyncProxy(_Caller(port, "awrap"))
+    return AsyncProxy(_Caller(_port_of(port, "awrap"), port if isinstance(port, Worker) else None))
 
 
 def release(proxy: Any) -> None:
