@@ -237,8 +237,10 @@ class _Caller:
                 "this call would wait for itself: the object is called in this very thread; use awrap(port), or "
                 "another thread"
             )
-        lane, functions = self._ask(kind, name, args, kwargs or {})
+        functions: list[_Exposed] = []
+        lane = self._free_lane(name)
         try:
+            self._ask(lane, functions, kind, name, args, kwargs or {})
             if functions:
                 _serve_until(lane.port, functions)
             said = lane.port.recv()
@@ -253,32 +255,39 @@ class _Caller:
         self, kind: str, name: str = "", args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """``call`` for asyncio. Cancelling it cancels a coroutine there."""
-        lane, functions = self._ask(kind, name, args, kwargs or {})
-        for each in functions:
-            each.start(home())
+        functions: list[_Exposed] = []
+        lane = self._free_lane(name)
         try:
+            self._ask(lane, functions, kind, name, args, kwargs or {})
+            for each in functions:
+                each.start(home())
             said = await lane.port.arecv()
         except BaseException as error:
             self._raise(error, lane, name)
         return self._result(lane, said, AsyncAttribute(self, name))
 
     def _raise(self, error: BaseException, lane: _Lane, name: str) -> NoReturn:
-        """*error* came up while a call waited for its answer."""
-        if isinstance(error, MessageError):  # which has come, and cannot be loaded
-            self._put_back(lane)
+        """*error* came up in a call."""
+        try:
+            if isinstance(error, MessageError):  # the answer has come, and cannot be loaded
+                self._put_back(lane)
+                raise error
+            self._busy.discard(lane)
+            lane.port.close()  # an answer may still come; and the other side hears that nobody waits for it
+            if isinstance(error, PortClosedError):
+                self._raise_unanswered(name, error)
             raise error
-        self._busy.discard(lane)
-        lane.port.close()  # the other side hears that nobody waits any more
-        if isinstance(error, PortClosedError):
-            self._raise_unanswered(name, error)
-        raise error
+        finally:
+            del error  # a frame that holds what it raises is a cycle, which would keep the arguments
 
     def _put_back(self, lane: _Lane) -> None:
         self._busy.discard(lane)
         self._free.append(lane)
 
-    def _ask(self, kind: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Lane, list[_Exposed]]:
-        functions: list[_Exposed] = []
+    def _ask(
+        self, lane: _Lane, functions: list[_Exposed], kind: str, name: str, args: tuple[Any, ...], kwargs: Any
+    ) -> None:
+        """Post a request. *functions*: where those among the arguments are put, exposed."""
         far: list[AnyPort] = []
 
         def keep(argument: Any) -> Any:
@@ -289,44 +298,41 @@ class _Caller:
             far.append(there)
             return _Function(there)
 
-        lane = None
         try:
-            lane = self._free_lane()
-            self._busy.add(lane)
             given = tuple(map(keep, args)), {key: keep(each) for key, each in kwargs.items()}
             moving = _clone.Moving(None)
             request = _clone.pack((_LaneNumber(lane.number), kind, name, *given), moving)
             for place, each in enumerate(moving.objects):
                 each._check_movable(f"port {place} in the arguments")
-            asked = self.port._post(request, "given to a remote object")
+            if not self.port._post(request, "given to a remote object"):
+                raise PortClosedError
         except BaseException:
-            for port in (*far, *(each.port for each in functions)):
+            for port in far:
                 port.close()
-            if lane is not None:
-                self._put_back(lane)
             raise
-        if not asked:
-            self._raise_unanswered(name, None)
-        return lane, functions
 
-    def _free_lane(self) -> _Lane:
+    def _free_lane(self, name: str) -> _Lane:
         while True:
             try:
                 lane = self._free.pop()
             except IndexError:
-                return self._open()
+                lane = self._open(name)
             if lane.port._departure is None:  # else this is a forked child, and it was the parent's
+                self._busy.add(lane)
                 return lane
 
-    def _open(self) -> _Lane:
+    def _open(self, name: str) -> _Lane:
         ours, theirs = MessageChannel()
+        lane = _Lane(next(self._numbers), ours)
         try:
-            lane = _Lane(next(self._numbers), ours)
-            if not self.port.post_message((lane.number, None, theirs), [theirs]):
-                self._raise_unanswered("", None)
+            accepted = self.port.post_message((lane.number, None, theirs), [theirs])
         except BaseException:
             ours.close()
+            theirs.close()
             raise
+        if not accepted:
+            ours.close()
+            self._raise_unanswered(name, None)
         return lane
 
     def _result(self, lane: _Lane, said: tuple[str, Any], method: Any) -> Any:
