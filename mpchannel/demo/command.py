@@ -8,7 +8,7 @@ import re
 import sys
 import sysconfig
 
-from . import channel, stream, worker, worlds
+from . import channel, offload, stream, worker, worlds
 from .search import text_files
 
 DESCRIPTION = """\
@@ -19,6 +19,9 @@ stream   many reply streams at once; one of two workers is killed half way, a
          fresh one takes over, and the result is compared with a plain search
 worlds   main hands a port to code it shares nothing with, through a preload
          function and the window of a worker
+offload  a pool of workers digests the files of a folder, with a bar for each
+         call; a worker is killed half way, its call is done again by a fresh
+         one, and the result is compared with what one process finds
 """
 
 
@@ -26,13 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = DESCRIPTION
     parser.add_argument(
-        "name", nargs="?", choices=("channel", "worker", "stream", "worlds"), default="worker", help="which"
+        "name", nargs="?", choices=("channel", "worker", "stream", "worlds", "offload"), default="worker", help="which"
     )
     parser.add_argument(
         "--path",
         metavar="DIR",
         default=sysconfig.get_paths()["stdlib"],
-        help="the folder whose text files are searched (default: Python's own standard library)",
+        help="the folder whose text files are searched, or, by offload, all files digested "
+        "(default: Python's own standard library)",
     )
     parser.add_argument(
         "--pattern",
@@ -41,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to search for; worker: may be given several times, one request each",
     )
     parser.add_argument("--streams", metavar="N", type=int, default=24, help="stream: how many streams (default: 24)")
+    parser.add_argument("--workers", metavar="N", type=int, default=2, help="offload: how many workers (default: 2)")
     parser.add_argument(
         "--start-method",
         choices=("fork", "spawn", "forkserver"),
@@ -58,6 +63,8 @@ def run(options: argparse.Namespace) -> int:
     if problem:
         print(f"error: {problem}", file=sys.stderr)
         return 1
+    if options.name == "offload":
+        return offload.run(options.path, options.workers, options.start_method)
     if options.name == "worker":
         return worker.run(options.path, options.pattern or worker.PATTERNS, options.start_method)
     pattern = options.pattern[0] if options.pattern else stream.PATTERN
@@ -67,6 +74,10 @@ def run(options: argparse.Namespace) -> int:
 def problem_of(options: argparse.Namespace) -> str | None:
     if not os.path.isdir(options.path):
         return f"not a folder: {options.path}"
+    if options.name == "offload":
+        if not any(offload.all_files(options.path)):
+            return f"no files in {options.path}"
+        return None if options.workers >= 1 else f"--workers must be at least 1, not {options.workers}"
     if not any(text_files(options.path)):
         return f"no text files in {options.path}"
     for pattern in options.pattern or ():
