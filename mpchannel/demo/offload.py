@@ -1,8 +1,8 @@
-"""``demo offload``: the files of a folder are digested by a ``WorkerPool``; a worker is killed half way, and no harm done.
+"""``demo offload``: the files of a folder are digested by a ``WorkerPool``; one worker is killed half way.
 
     main    makes calls of about equal bytes, draws a bar for each that runs, and kills the worker of one of them
     worker  SHA-256 and the compressed size of each file of its call; reports between pieces how far it is
-    pool    gives the call of the dead worker to a fresh one, as it may be tried twice (``retries=1``)
+    pool    gives the call of the dead worker to a fresh one, because of ``retries``
 
 What was heard on the delivery thread goes through a queue: all that main knows, and all it prints, is of one thread.
 """
@@ -17,7 +17,7 @@ import stat
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,10 +28,12 @@ from .progress import ProgressLine, bar
 from .search import SKIPPED_FOLDERS
 from .table import print_table
 
-PIECE = 256 * 1024  # bytes between two reports
+PIECE = 64 * 1024  # bytes between two reports
 CALLS = 6  # for each worker
+SMALLEST = 2_000_000  # bytes of a call: some 0.1 s, so that one can be met at work
 MOST = 400_000_000  # bytes that are taken of a folder
-LEAST = 4_000_000  # bytes; a worker is not reliably met at work on fewer
+LEAST = 4_000_000  # bytes; on fewer nobody is killed
+RETRIES = 2  # one for the kill; and one more, should a kill come so late that it meets a call that is just being given
 SAMPLE = 10  # of every so many files the compressed size is checked as well
 
 
@@ -62,16 +64,17 @@ def work(paths: Sequence[str], total: int) -> Outcome:
     digests: list[Digest | None] = []
     before = 0
     for path in paths:
-
-        def tell(done: int, path: str = path) -> None:
-            mpchannel.report(before + done, total, f"{pid} {path}")
-            if mpchannel.cancelled():
-                raise CancelledError
-
-        tell(0)
-        digests.append(found := digest(path, tell))
+        tell(f"{pid} {path}", total, before)
+        found = digest(path, partial(tell, f"{pid} {path}", total, before))
+        digests.append(found)
         before += found.size if found else 0
     return Outcome(pid, time.perf_counter() - start, digests)
+
+
+def tell(text: str, total: int, before: int, done: int = 0) -> None:
+    mpchannel.report(before + done, total, text)
+    if mpchannel.cancelled():
+        raise CancelledError
 
 
 def digest(path: str, tell: Callable[[int], Any]) -> Digest | None:
@@ -98,16 +101,13 @@ class Call:
     """A call, as main sees it."""
 
     number: int
-    files: Sequence[File]
-    done: int = 0  # bytes
+    files: list[File]
+    size: int  # bytes
+    done: int = 0
     file: str = ""  # the one it is at
     pids: list[int] = field(default_factory=list)  # of the workers that were at it
     outcome: Outcome | None = None
     error: BaseException | None = None
-
-    @property
-    def size(self) -> int:
-        return sum(file.size for file in self.files)
 
     @property
     def over(self) -> bool:
@@ -138,7 +138,7 @@ class Main:
         with mpchannel.WorkerPool(workers, context=start_method, name="offload") as pool:
             try:
                 for call in self.calls:
-                    options = pool.options(retries=1, on_progress=partial(self.on_progress, call))
+                    options = pool.options(retries=RETRIES, on_progress=partial(self.on_progress, call))
                     futures.append(options.submit(work, [file.path for file in call.files], call.size))
                     futures[-1].add_done_callback(partial(self.on_done, call))
                 while not all(call.over for call in self.calls):
@@ -153,7 +153,7 @@ class Main:
     def on_progress(self, call: Call, done: float, total: float | None, text: str) -> None:
         self.events.put(partial(self.reported, call, int(done), text))
 
-    def on_done(self, call: Call, future: mpchannel.workerpool.PoolFuture[Outcome]) -> None:
+    def on_done(self, call: Call, future: Future[Outcome]) -> None:
         if not future.cancelled():
             self.events.put(partial(self.ended, call, future))
 
@@ -166,7 +166,7 @@ class Main:
                 self.redone = True
                 self.line.tell(f"call {call.number} is begun again by process {pid}")
 
-    def ended(self, call: Call, future: mpchannel.workerpool.PoolFuture[Outcome]) -> None:
+    def ended(self, call: Call, future: Future[Outcome]) -> None:
         call.done, call.error = call.size, future.exception()
         if call.error is None:
             call.outcome = future.result()
@@ -252,14 +252,15 @@ def all_files(folder: str) -> Iterator[File]:
 
 
 def make_calls(files: Sequence[File], count: int) -> list[Call]:
-    """At most *count* of about equal bytes, each of files that are next to each other."""
-    parts: list[list[File]] = [[] for _ in range(count)]
-    size = sum(file.size for file in files)
-    before = 0
+    """About *count* of about equal bytes, or fewer, each of files that are next to each other."""
+    most = max(SMALLEST, sum(file.size for file in files) // count)
+    calls: list[Call] = []
     for file in files:
-        parts[min(before * count // (size or 1), count - 1)].append(file)
-        before += file.size
-    return [Call(number, part) for number, part in enumerate(filter(None, parts), 1)]
+        if not calls or calls[-1].size + file.size > most:
+            calls.append(Call(len(calls) + 1, [], 0))
+        calls[-1].files.append(file)
+        calls[-1].size += file.size
+    return calls
 
 
 def check(calls: Sequence[Call], main: Main) -> list[str]:
@@ -329,13 +330,11 @@ def print_end(main: Main, wrong: Sequence[str]) -> bool:
     """Whether all is as it should be."""
     pids = sorted({pid for call in main.calls for pid in call.pids})
     print(f"workers that ran: {len(pids)}, processes {', '.join(map(str, pids))}")
-    met = main.kill is not None and main.redone
-    if main.kill is not None:
+    if main.kill is not None and main.redone:
         pid, call, done, share = main.kill
         lost = f"{done / 1e6:,.1f} of {call.size / 1e6:,.1f} MB of call {call.number}"
         print(f"killed: process {pid}, when {share:.0%} of all bytes were done, and {lost}")
-    if main.kill is not None and main.redone:
-        print(f"redone: call {main.kill.call.number}, by process {main.kill.call.pids[-1]}")
+        print(f"redone: call {call.number}, by process {call.pids[-1]}")
     elif main.size < LEAST:
         print(f"nobody was killed: with less than {LEAST / 1e6:,.0f} MB there is no half way to speak of")
     else:
@@ -343,4 +342,4 @@ def print_end(main: Main, wrong: Sequence[str]) -> bool:
     for each in wrong:
         print(f"WRONG: {each}")
     print(f"result right: {not wrong}")
-    return not wrong and (met or main.size < LEAST)
+    return not wrong and (main.redone or main.size < LEAST)
