@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pty
+import random
 import re
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from mpchannel.demo import offload
 from mpchannel.demo.search import Found, Progress, search, text_files
 
 COMMAND = (sys.executable, "-m", "mpchannel", "demo")
@@ -189,6 +192,135 @@ def test_stream_kills_nobody_where_there_is_no_half_way(elsewhere: Path, tmp_pat
     assert rows(ran.stdout)["matches"] == ["1"]
 
 
+MEGABYTES = 12  # of what ``demo offload`` has to digest, one for each file
+
+
+@pytest.fixture
+def heavy(tmp_path: Path) -> Path:
+    """Files that take long enough to digest for one to be killed at it. Beside them is what is left out: links, a hidden
+    folder, what Python compiled.
+    """
+    root = tmp_path / "digested"
+    (root / "sub").mkdir(parents=True)
+    chance = random.Random(0)
+    for number in range(MEGABYTES):
+        data = chance.randbytes(1_000_000) if number % 4 == 0 else chance.randbytes(500_000).hex().encode()
+        (root / ("sub" if number % 2 else ".") / f"{number}.data").write_bytes(data)
+    (root / "link").symlink_to(root / "0.data")
+    (root / "link_to_folder").symlink_to(root / "sub")
+    for name in (".hidden", "__pycache__"):
+        (root / name).mkdir()
+        (root / name / "left_out").write_bytes(b"x")
+    return root
+
+
+def check_offload(output: str, heavy: Path) -> None:
+    """What it says of its end is true."""
+    assert f"{heavy}: {MEGABYTES} files, {MEGABYTES}.0 MB" in output
+    killed = re.search(r"^killed: process (\d+), when (\d+)% of all bytes were done", output, re.MULTILINE)
+    redone = re.search(r"^redone: call (\d+), by process (\d+)$", output, re.MULTILINE)
+    workers = re.search(r"^workers that ran: \d+, processes (.*)$", output, re.MULTILINE)
+    assert killed
+    assert redone
+    assert workers
+    assert killed[1] != redone[2]
+    assert int(killed[2]) >= 50
+    assert {killed[1], redone[2]} <= set(workers[1].split(", "))
+    table = rows(output[output.index("\ncall ") :])
+    calls = {name.split()[0]: cells for name, cells in table.items() if re.match(r"\d+ ", name)}
+    assert sum(int(cells[0]) for cells in calls.values()) == MEGABYTES
+    assert calls[redone[1]][-2:] == [redone[2], "2"]
+    assert all(cells[-1] == "1" for number, cells in calls.items() if number != redone[1])
+    assert table["total"][:2] == [str(MEGABYTES), f"{MEGABYTES}.0"]
+    assert f"checked here, in one process: SHA-256 of {MEGABYTES} files" in output
+    assert output.splitlines()[-1] == "result right: True"
+
+
+def test_offload_is_right_although_a_worker_is_killed(elsewhere: Path, heavy: Path, start_method: str) -> None:
+    ran = demo(elsewhere, "offload", "--path", str(heavy), "--start-method", start_method)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "\x1b" not in ran.stdout
+    check_offload(ran.stdout, heavy)
+
+
+def test_offload_with_one_worker_has_a_fresh_one_after_it(elsewhere: Path, heavy: Path) -> None:
+    ran = demo(elsewhere, "offload", "--path", str(heavy), "--workers", "1")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    check_offload(ran.stdout, heavy)
+
+
+def test_offload_draws_a_bar_for_each_call_on_a_terminal(elsewhere: Path, heavy: Path) -> None:
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "80", "LINES": "24"}
+    command = [*COMMAND, "offload", "--path", str(heavy)]
+    with subprocess.Popen(command, cwd=elsewhere, env=environment, stdout=theirs, stderr=subprocess.PIPE) as process:
+        os.close(theirs)
+        parts = []
+        try:
+            while part := os.read(ours, 65536):
+                parts.append(part)
+        except OSError:
+            pass  # the other end is closed, by all who had it
+        os.close(ours)
+        assert process.stderr is not None
+        assert (process.wait(60), process.stderr.read()) == (0, b"")
+    output = b"".join(parts).decode().replace("\r\n", "\n")
+    row = r"\[[#.]{20}\] {0,2}\d+%  %s[^\n\x1b]*"
+    two = row.replace("%s", r"call \d+, process \d+: \d+\.data")
+    total = row.replace("%s", r"\d of \d calls done, ")
+    drawn_again = rf"\x1b\[2A\r{two}\n{two}\n{total}"
+    assert re.search(drawn_again, output)
+    assert all(len(line) <= 79 for line in re.findall(row.replace("%s", ""), output))
+    check_offload(output, heavy)
+
+
+def test_offload_finds_what_is_wrong(heavy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files, left = offload.take(str(heavy))
+    assert (len(files), left) == (MEGABYTES, 0)
+    calls = offload.make_calls(files, 4)
+    assert [file for call in calls for file in call.files] == files
+    for call in calls:
+        call.outcome = offload.work([file.path for file in call.files], call.size)
+    main = offload.Main(calls)
+    assert offload.check(calls, main) == []
+    path = Path(calls[1].files[0].path)
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    assert offload.check(calls, main) == [f"{path}: not what is found here"]
+    assert not offload.print_end(main, [])  # nobody was killed
+
+
+def test_offload_takes_no_more_than_it_says(heavy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "MOST", 5_500_000)
+    files, left = offload.take(str(heavy))
+    assert (len(files), left) == (5, MEGABYTES - 5)
+
+
+def test_offload_kills_nobody_where_there_is_no_half_way(elsewhere: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "file").write_text("few\n")
+    (tmp_path / "one" / "none").write_text("")
+    ran = demo(elsewhere, "offload", "--path", str(tmp_path / "one"))
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "nobody was killed: with less than 4 MB" in ran.stdout
+    assert "killed process" not in ran.stdout
+    assert ran.stdout.endswith("result right: True\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--path", "missing"], "not a folder: missing"),
+        (["--path", "."], r"no files in \."),
+        (["--workers", "0"], "--workers must be at least 1, not 0"),
+    ],
+    ids=["missing", "empty", "workers"],
+)
+def test_bad_input_of_offload_is_one_line(arguments: list[str], words: str, elsewhere: Path) -> None:
+    ran = demo(elsewhere, "offload", *arguments)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert re.fullmatch(rf"error: {words}\n", ran.stderr)
+
+
 @pytest.mark.parametrize("name", ["worker", "stream"])
 @pytest.mark.parametrize(
     ("arguments", "words"),
@@ -266,6 +398,14 @@ def test_ctrl_c_ends_stream_at_once_and_quietly(elsewhere: Path, start_method: s
         assert (process.returncode, errors) == (130, "\ninterrupted\n")
 
 
+def test_ctrl_c_ends_offload_at_once_and_quietly(elsewhere: Path, start_method: str) -> None:
+    with running(elsewhere, "offload", "--start-method", start_method) as process:
+        read_until(process, "0 of ")  # the first line of progress: workers are at work
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors) == (130, "\ninterrupted\n")
+
+
 def test_app_and_worker_do_not_go_on_for_long_without_main(elsewhere: Path) -> None:
     many = ("--pattern", ".") * 50
     with running(elsewhere, "worker", "--path", sysconfig.get_paths()["stdlib"], *many) as process:
@@ -274,8 +414,9 @@ def test_app_and_worker_do_not_go_on_for_long_without_main(elsewhere: Path) -> N
         process.communicate(timeout=60)  # the end of its output, which app and worker hold as well
 
 
-def test_nobody_reading_the_output_is_no_traceback(elsewhere: Path, folder: Path) -> None:
-    with running(elsewhere, "stream", "--path", str(folder)) as process:
+@pytest.mark.parametrize("name", ["stream", "offload"])
+def test_nobody_reading_the_output_is_no_traceback(name: str, elsewhere: Path, folder: Path) -> None:
+    with running(elsewhere, name, "--path", str(folder)) as process:
         assert process.stdout is not None
         process.stdout.readline()
         process.stdout.close()

@@ -186,7 +186,10 @@ class Main:
         if running:
             call = max(running, key=lambda call: call.size - call.done)
             pid = call.pids[-1]
-            os.kill(pid, signal.SIGKILL)
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                return  # somebody else did; the next one, then
             self.kill = Kill(pid, call, call.done, self.done / self.size)
             self.line.tell(f"killed process {pid} (SIGKILL), which was at call {call.number}")
 
