@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -289,6 +290,17 @@ def test_offload_finds_what_is_wrong(heavy: Path, capfd: pytest.CaptureFixture[s
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     assert offload.check(calls, main) == [f"{path}: not what is found here"]
     assert not offload.print_end(main, [])  # nobody was killed
+
+
+def test_offload_kills_another_one_after_a_kill_that_came_too_late(capfd: pytest.CaptureFixture[str]) -> None:
+    (call,) = offload.make_calls([offload.File("file", offload.LEAST)], 1)
+    main = offload.Main([call])
+    main.reported(call, call.size // 2, "7 file")
+    main.kill = offload.Kill(7, call, call.done, 0.5)
+    answer: Future[offload.Outcome] = Future()
+    answer.set_result(offload.Outcome(7, 1.0, []))
+    main.ended(call, answer)
+    assert (main.kill, main.redone) == (None, False)
 
 
 def test_offload_takes_no_more_than_it_says(heavy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

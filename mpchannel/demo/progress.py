@@ -59,8 +59,8 @@ class ProgressLine:
         return f"\x1b[{self._height - 1}A\r" if self._height > 1 else "\r"
 
     def _write(self, text: str) -> None:
-        # Past the buffer: another thread may fork meanwhile, and a buffer that is in use then stays locked in the child,
-        # or what it holds is written there as well.
+        # Past the buffer: another thread may fork meanwhile. A buffer that is in use then stays locked in the child, or
+        # what it holds is written there as well.
         sys.stdout.flush()
         rest = text.encode(sys.stdout.encoding, sys.stdout.errors or "strict")
         while rest:
