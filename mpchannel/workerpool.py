@@ -61,6 +61,7 @@ class PoolFuture(concurrent.futures.Future[T]):
         self._task: Any = task  # packed
         self._options = options
         self._retries = options._retries
+        self._moved = isinstance(task, _clone.Pickled) and bool(task.objects)  # its ports leave with the first try
         self._seat: _Seat | None = None
         self._cancelling = False
 
@@ -222,7 +223,8 @@ class _Options:
 class WorkerPool(concurrent.futures.Executor):
     """Workers that run calls, *max_workers* at a time (default: the cores this process may use).
 
-    *initializer* is called with *initargs* in each worker before its first call; if it fails, so do all calls.
+    *initializer* is called with *initargs* in each worker before its first call; if it fails, so do all calls. (In a
+    notebook, functions travel with the globals that they use: have it keep its state in a class, not in a global.)
     A worker ends after *max_tasks_per_child* calls, and a new one takes its place. *grace*: seconds that a call which
     was cancelled, or has run out of time, is given to end by itself before its worker is replaced. *context*: a context
     of ``get_context`` or the name of a start method. *name* is what workers are named after.
@@ -309,8 +311,9 @@ class WorkerPool(concurrent.futures.Executor):
         on_progress: Callable[[float, float | None, str], Any] | None = None,
     ) -> _Options:
         """``submit``, ``map`` and ``stream`` with options for each call: *timeout* seconds from the start of its work,
-        after which it is stopped and fails with ``TimeoutError``; *retries* after a worker died; *on_progress*, called
-        on the delivery thread with what the call tells by ``report``.
+        after which it is stopped and fails with ``TimeoutError``; *retries* after a worker died (not of a stream, nor
+        of a call with ports: these are lost with the worker); *on_progress*, called on the delivery thread with what
+        the call tells by ``report``.
         """
         return _Options(self, timeout, retries, on_progress)
 
@@ -461,7 +464,7 @@ class WorkerPool(concurrent.futures.Executor):
             call, seat.call = seat.call, None
             if call is not None:
                 call._seat = None
-                if call._retries > 0 and not call.done():
+                if call._retries > 0 and not call.done() and not call._moved:
                     call._retries -= 1
                     self._waiting.appendleft(call)
                     call = None

@@ -343,8 +343,9 @@ def test_what_cannot_be_called_is_refused_and_the_handler_stays(context: Any) ->
     with ending(Worker(roles.assign_what_cannot_be_called, context=context)) as worker:
         with pytest.raises(TypeError, match="callable"):
             worker.onmessage = 3  # type: ignore[assignment]
+        assert worker.recv(20) == "refused"
         worker.post_message("heard")
-        assert [worker.recv(20), worker.recv(20)] == ["refused", "heard"]
+        assert worker.recv(20) == "heard"
         worker.post_message("clear")
 
 
@@ -521,7 +522,7 @@ def program(script: str, *arguments: str) -> str:
     ) as done:
         try:
             output, errors = done.communicate(timeout=90)
-            assert errors == ""
+            assert not errors, errors
             assert done.returncode == 0
             deadline = time.monotonic() + 5
             while left := _processes_with(token):

@@ -316,6 +316,18 @@ def test_retries_run_a_call_again(context: Any, tmp_path: Path) -> None:
             pool.options(retries=2).submit(tasks.die, signal.SIGKILL).result(20)
 
 
+def test_a_call_with_ports_is_lost_with_its_worker_and_so_is_a_stream(context: Any) -> None:
+    with WorkerPool(1, context=context) as pool:
+        mine, theirs = mpchannel.MessageChannel()
+        with mine:
+            call = pool.options(retries=5).submit(tasks.hold, theirs)
+            os.kill(mine.recv(20), signal.SIGKILL)
+            with pytest.raises(WorkerDied, match="killed by SIGKILL, during the call of hold"):
+                call.result(20)
+        with pytest.raises(WorkerDied, match="during the call of count_and_die"):
+            list(pool.options(retries=5).stream(tasks.count_and_die, 3))
+
+
 # Streams
 
 
