@@ -555,8 +555,8 @@ def sit_idle() -> None:
         if event.data == "stop":
             port().close()
 
+    port().post_message("idle")  # first, since an early "stop" closes the port
     port().onmessage = hear
-    port().post_message("idle")
 
 
 def be_busy() -> None:
