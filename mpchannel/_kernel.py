@@ -314,6 +314,10 @@ class Descriptors(_Owner):
             self._claimed.extend(map(Socket, *map(repeat, _kind()), self._pop()))
             return _owned(self._claimed.pop())
 
+    def claim_number(self) -> int:
+        """The next one, which is the caller's from now on. Raises ``IndexError`` if there is none."""
+        return self._numbers.pop(0)
+
     def claim_memory(self) -> Memory:
         """The next one, as memory. Raises ``IndexError`` if there is none."""
         return Memory(self._pop())

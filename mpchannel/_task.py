@@ -1,6 +1,10 @@
 """A worker of a pool, from within: it takes tasks from its parent port, one after the other, and answers each.
 
-``control`` carries the numbers of tasks that were cancelled, which whoever runs them may ask for.
+parent port   <== [(number, task), ...]: packed tasks, to be run in this order
+              <== a task by itself, then [(number, None)]: one with ports, or large
+              ==> kind, number, value
+claims        what may begin: the rest was taken back
+control       <== numbers of running tasks that were cancelled, which whoever runs them may ask for
 """
 
 from __future__ import annotations
@@ -8,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from ._claims import Claims
+from ._clone import loads
 from ._failure import pack_error
 from ._stream import write
 from .errors import MessageError, PortClosedError
@@ -40,10 +46,10 @@ def report(done: float, total: float | None = None, text: str = "") -> None:
     """In a task: how far it is. The caller's ``on_progress`` gets the same arguments. Nothing elsewhere."""
     port = parent_port()
     if _Here.control is not None and port is not None:
-        port.post_message((REPORT, (done, total, text)))
+        port.post_message((REPORT, _Here.number, (done, total, text)))
 
 
-def serve(control: AnyPort, initializer: Callable[..., Any] | None, initargs: tuple[Any, ...]) -> None:
+def serve(claims: Claims, control: AnyPort, initializer: Callable[..., Any] | None, initargs: tuple[Any, ...]) -> None:
     """What a worker of a pool runs."""
     port = parent_port()
     assert port is not None
@@ -51,41 +57,53 @@ def serve(control: AnyPort, initializer: Callable[..., Any] | None, initargs: tu
         if initializer is not None:
             initializer(*initargs)
     except BaseException as error:
-        port.post_message((BROKEN, pack_error(error)))
+        port.post_message((BROKEN, 0, pack_error(error)))
         return
     _Here.control = control
-    port.post_message((READY, None))
+    port.post_message((READY, 0, None))
+    alone: Any = None
     while True:
-        _Here.number += 1
         try:
-            task = port.recv()
+            packet = port.recv()
         except PortClosedError:
             return
-        except MessageError as error:  # the task cannot be loaded here
-            port.post_message((FAILED, pack_error(error.__cause__ or error)))
+        except MessageError as error:  # a task that cannot be loaded here
+            alone = error
             continue
-        if task is None:
+        if packet is None:
             return
-        _Here.stop = False
-        answer: tuple[str, Any]
-        if cancelled():  # before it began
-            port.post_message((DONE, None))
+        if type(packet) is tuple:
+            alone = packet
             continue
-        try:
-            fn, args, kwargs, *reader = task
-            del task
-            result = fn(*args, **kwargs)
-            answer = DONE, write(iter(result), reader[0], cancelled) if reader else result
-            del fn, args, kwargs, reader, result
-        except BaseException as error:
-            answer = FAILED, pack_error(error)
-        try:
-            port.send(answer)
-        except BrokenPipeError:
-            return  # nobody is there any more
-        except Exception as error:  # whatever it is that cannot be sent: who called is told
-            port.post_message((FAILED, pack_error(error)))
-        del answer
+        for number, task in packet:
+            given, alone = (alone, None) if task is None else (task, alone)
+            if claims.claim(number):
+                _Here.number, _Here.stop = number, False
+                if not _run(given, port):
+                    return
+            del given
+
+
+def _run(task: Any, port: AnyPort) -> bool:
+    """Run a task, and answer. ``False`` if nobody is there any more."""
+    answer: tuple[str, int, Any]
+    try:
+        if isinstance(task, MessageError):
+            raise task.__cause__ or task
+        fn, args, kwargs, *reader = loads(task) if type(task) is bytes else task
+        del task
+        result = fn(*args, **kwargs)
+        answer = DONE, _Here.number, write(iter(result), reader[0], cancelled) if reader else result
+        del fn, args, kwargs, reader, result
+    except BaseException as error:
+        answer = FAILED, _Here.number, pack_error(error)
+    try:
+        port.send(answer)
+    except BrokenPipeError:
+        return False
+    except Exception as error:  # whatever it is that cannot be sent: who called is told
+        port.post_message((FAILED, _Here.number, pack_error(error)))
+    return True
 
 
 def run_chunk(fn: Callable[..., T], chunk: list[tuple[Any, ...]]) -> list[T]:

@@ -6,8 +6,10 @@
               none: waiting      --- the next that waits ------------->
     cancel, timeout --------------- control: the task's number ------> cancelled(), asked there
 
-A worker has one task at a time. So whatever ends it, a kill of ours too, hits that task and no other; and no lock,
-queue or semaphore is shared between processes that a dead one could hold.
+A worker runs one task at a time, and is given more only while tasks are so short that the way there and back is most
+of the time. What it has begun is known at any moment, and the rest can be taken back (``_claims``). So whatever ends a
+worker, a kill of ours too, hits the task that runs and no other, and a long one holds up nobody; and no lock, queue or
+semaphore is shared between processes that a dead one could hold.
 
 House rules: ``lock`` guards who has what; futures are settled, and callbacks run, outside of it. Results are heard on
 the delivery thread, also if the pool is used from an asyncio loop: ``result()`` may then block that loop, but not the
@@ -24,11 +26,13 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import count, islice
 from typing import Any, Final, ParamSpec, TypeVar, final
 
 from . import _clone
+from ._claims import Claims
 from ._delivery import delivery_thread
 from ._failure import Packed, unpack_error
 from ._stream import Stream
@@ -46,6 +50,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 AnyPort = MessagePort[Any, Any]
 
+_AHEAD: Final = 0.002  # seconds of work that a worker is given ahead
+_MOST_AHEAD: Final = 64  # calls
+_SMALL: Final = 16 * 1024  # bytes of a call that goes together with others
 _cancelling: Final = threading.Lock()
 
 
@@ -59,14 +66,20 @@ class PoolFuture(concurrent.futures.Future[T]):
         self._pool: WorkerPool | None = pool
         self._name = getattr(fn, "__qualname__", None) or repr(fn)
         self._task: Any = task  # packed
+        self._moves = isinstance(task, _clone.Pickled) and bool(task.objects)  # its ports leave with the first try
+        self._alone = not isinstance(task, bytes) or len(task) > _SMALL  # it goes by itself to a worker without a task
         self._options = options
         self._retries = options._retries
-        self._moved = isinstance(task, _clone.Pickled) and bool(task.objects)  # its ports leave with the first try
         self._seat: _Seat | None = None
+        self._number = 0  # its worker's, for it
         self._cancelling = False
 
     def running(self) -> bool:
-        return self._seat is not None and not self.done()
+        pool = self._pool
+        if pool is None:
+            return False
+        with pool._lock:
+            return self._seat is not None and self._seat.first is self and not self.done()
 
     def cancel(self) -> bool:
         """Whether it is cancelled: ``False`` only if it was done before."""
@@ -101,16 +114,20 @@ class PoolFuture(concurrent.futures.Future[T]):
 
 @final
 class _Seat:
-    """A worker of a pool, and the call it has."""
+    """A worker of a pool, and the calls that it was given: the first is the one that runs, if it has begun."""
 
-    def __init__(self, pool: WorkerPool, worker: Worker, control: AnyPort) -> None:
+    def __init__(self, pool: WorkerPool, worker: Worker, claims: Claims, control: AnyPort) -> None:
         self.pool = weakref.ref(pool)
         self.worker = worker
+        self.claims = claims
         self.control = control
         self.ready = False
-        self.call: PoolFuture[Any] | None = None
-        self.number = 0  # of tasks given to it
-        self.leaving = False  # it gets no more tasks
+        self.calls: dict[int, PoolFuture[Any]] = {}  # by number, in their order
+        self.number = 0  # the latest
+        self.count = 0  # of calls that it was given and that were not taken back
+        self.leaving = False  # it gets no more
+        self.pace = _AHEAD  # seconds that a call takes here, of late
+        self._since = 0.0  # when the first became the first
 
     def listen(self) -> None:
         port = self.worker._port
@@ -119,58 +136,104 @@ class _Seat:
         port._set_handler("close", self.ended)
         port._start_at(delivery_thread)
 
-    def give(self, call: PoolFuture[Any]) -> bool:
-        """``False`` if the worker is gone. Raises ``DataCloneError`` if a port in it was moved or closed meanwhile,
+    @property
+    def first(self) -> PoolFuture[Any] | None:
+        return next(iter(self.calls.values()), None)
+
+    @property
+    def depth(self) -> int:
+        """Calls that it should have: more than one only if they are short."""
+        return max(1, min(_MOST_AHEAD, int(_AHEAD / self.pace)))
+
+    def give(self, calls: list[PoolFuture[Any]]) -> bool:
+        """``False`` if the worker is gone. Raises ``DataCloneError`` if a port in one was moved or closed meanwhile,
         ``OSError`` at a limit.
         """
-        self.call, call._seat, self.number = call, self, self.number + 1  # first: the answer may be here at once
+        numbers = range(self.number + 1, self.number + 1 + len(calls))
+        self.number += len(calls)
+        self.count += len(calls)
+        first = not self.calls
+        for number, call in zip(numbers, calls, strict=True):  # first of all: an answer may be here at once
+            self.calls[number], call._seat, call._number = call, self, number
         given = False
         try:
-            given = self.worker._port._post(call._task, "given to a worker")
+            self.claims.give(numbers)
+            port = self.worker._port
+            if calls[0]._alone:
+                given = port._post(calls[0]._task, "given to a worker") and port.post_message([(numbers[0], None)])
+            else:
+                given = port.post_message([(call._number, call._task) for call in calls])
         finally:
             if not given:
-                self.call, call._seat, self.number = None, None, self.number - 1
-        self.time()
+                self.take_back()
+                for number in numbers:
+                    self.calls.pop(number, None)
+        if first:
+            self.begin()
         return given
 
-    def time(self) -> None:
-        """Its time begins when the worker has begun, and has the call."""
-        call = self.call
+    def take_back(self) -> list[PoolFuture[Any]]:
+        """Those that have not begun, and now never will here."""
+        back = [self.calls.pop(number) for number in sorted(self.claims.take_back()) if number in self.calls]
+        self.count -= len(back)
+        for call in back:
+            call._seat = None
+        return back
+
+    def begin(self) -> None:
+        """The time of the first call begins, if the worker has begun itself."""
+        call = self.first
+        self._since = time.monotonic()
         if self.ready and call is not None and call._options._timeout is not None:
-            delivery_thread.call_later(call._options._timeout, partial(_expire, weakref.ref(call), self.number))
+            expire = partial(_expire, weakref.ref(call), weakref.ref(self), call._number)
+            delivery_thread.call_later(call._options._timeout, expire)
 
     def leave(self) -> None:
         self.leaving = True
         self.worker._port.post_message(None)
 
     def heard(self, event: MessageEvent[Any]) -> None:
-        kind, value = event.data
+        kind, number, value = event.data
         del event
         if kind == REPORT:
-            call = self.call
+            call = self.calls.get(number)
             if call is not None and call._options._on_progress is not None and not call.done():
                 call._options._on_progress(*value)
         elif kind == READY:
-            self.ready = True
-            self.time()
+            with self._locked():
+                self.ready = True
+                self.begin()
         elif kind == BROKEN:
             pool = self.pool()
             if pool is not None:
                 error = WorkerStartError(f"the initializer failed in {self.worker.name}: {value[1].splitlines()[-1]}")
                 pool._break(error, value)
         else:
-            self.free(value, None if kind == DONE else unpack_error(value))
+            self.free(number, value, None if kind == DONE else unpack_error(value))
 
     def misheard(self, event: MessageErrorEvent) -> None:
-        self.free(None, event.error)
+        with self._locked():
+            number = next(iter(self.calls), 0)
+        self.free(number, None, event.error)
 
-    def free(self, result: Any, error: BaseException | None) -> None:
-        call, pool = self.call, self.pool()
-        if call is not None:
-            self.call = call._seat = None
-            if pool is not None:
-                pool._next(self)  # first, so that the worker is at work while callbacks run
-            call._settle(result, error)
+    def free(self, number: int, result: Any, error: BaseException | None) -> None:
+        """A call was answered."""
+        with self._locked():
+            call = self.calls.pop(number, None)
+            if call is None:
+                return
+            call._seat = None
+            took = time.monotonic() - self._since
+            self.pace = max(took, (self.pace + took) / 2, 1e-6)  # slow down at once
+            self.begin()
+        pool = self.pool()
+        if pool is not None:
+            pool._next(self)  # before callbacks run, so that the worker is at work meanwhile
+        call._settle(result, error)
+
+    def _locked(self) -> AbstractContextManager[Any]:
+        pool = self.pool()
+        return nullcontext() if pool is None else pool._lock
 
     def ended(self, _: CloseEvent) -> None:
         self.control.close()
@@ -341,7 +404,7 @@ class WorkerPool(concurrent.futures.Executor):
     def __repr__(self) -> str:
         with self._lock:
             state = "shut down" if self._shut else "broken" if self._broken else "open"
-            busy = sum(seat.call is not None for seat in self._seats)
+            busy = sum(bool(seat.calls) for seat in self._seats)
             return (
                 f"<WorkerPool {self._name!r}, {state}, {busy} of {len(self._seats)} workers busy "
                 f"({self._max_workers} at most), {len(self._waiting)} calls waiting>"
@@ -374,26 +437,26 @@ class WorkerPool(concurrent.futures.Executor):
         return call
 
     def _fill(self) -> None:
-        """If calls wait: have an idle worker take them, or a new one. Raises what starting one raises."""
-        with self._lock:
-            if not self._waiting or self._broken is not None:
-                return
-            seat = self._idle.pop() if self._idle else None
-            if seat is None:
-                if self._starting + sum(not each.leaving for each in self._seats) >= self._max_workers:
+        """While calls wait: have an idle worker take them, or a new one. Raises what starting one raises."""
+        while True:
+            with self._lock:
+                if not self._waiting or self._broken is not None:
                     return
-                self._starting += 1
-        if seat is None:
-            seat = self._start()
-        self._next(seat)
+                seat = self._idle.pop() if self._idle else None
+                if seat is None:
+                    if self._starting + sum(not each.leaving for each in self._seats) >= self._max_workers:
+                        return
+                    self._starting += 1
+            self._next(seat or self._start())
 
     def _start(self) -> _Seat:
         """A new worker. Not under ``lock``: a fork waits for the delivery thread, which may wait for that."""
         control, theirs = MessageChannel()
         try:
-            args = (theirs, self._initializer, self._initargs)
+            claims = Claims()
+            args = (claims, theirs, self._initializer, self._initargs)
             worker = Worker(serve, *args, name=f"{self._name}-{next(self._numbers)}", context=self._context)
-            seat = _Seat(self, worker, control)
+            seat = _Seat(self, worker, claims, control)
             with self._lock:
                 self._seats.append(seat)
         except BaseException:
@@ -406,31 +469,64 @@ class WorkerPool(concurrent.futures.Executor):
         return seat
 
     def _next(self, seat: _Seat) -> None:
-        """*seat* is free: the next call that waits."""
+        """*seat* has no call, or could have more: give it some that wait."""
         while True:
             with self._lock:
-                spent = self._max_tasks is not None and seat.number >= self._max_tasks
+                if len(seat.calls) > seat.depth // 2:
+                    return
+                if not seat.calls and not self._waiting:
+                    self._relieve()
+                spent = self._max_tasks is not None and seat.count >= self._max_tasks
                 if not seat.leaving and (spent or (self._shut and not self._waiting)):
                     seat.leave()
                 if seat.leaving:
                     break
-                if not self._waiting:
-                    self._idle.append(seat)
+                calls = self._pick(seat)
+                if not calls:
+                    if not seat.calls:
+                        self._idle.append(seat)
                     return
-                call = self._waiting.popleft()
-                if call.done():
-                    continue  # cancelled
                 try:
-                    if seat.give(call):
+                    if seat.give(calls):
                         return
                 except Exception as error:  # it cannot be sent
                     problem = error
                 else:
-                    self._waiting.appendleft(call)
+                    self._waiting.extendleft(reversed(calls))
                     seat.leaving = True  # it died while it was idle, which is being told
                     break
-            call._settle(error=problem)
+            for call in calls:
+                call._settle(error=problem)
         self._refill()
+
+    def _pick(self, seat: _Seat) -> list[PoolFuture[Any]]:
+        """The next calls for *seat*; a fair share of those that wait."""
+        room = min(seat.depth - len(seat.calls), max(1, len(self._waiting) // len(self._seats)))
+        if self._max_tasks is not None:
+            room = min(room, self._max_tasks - seat.count)
+        calls: list[PoolFuture[Any]] = []
+        while self._waiting and len(calls) < room:
+            call = self._waiting[0]
+            if not call.done() and call._alone:
+                if not calls and not seat.calls:
+                    calls.append(self._waiting.popleft())
+                break
+            self._waiting.popleft()
+            if not call.done():  # cancelled
+                calls.append(call)
+        return calls
+
+    def _relieve(self) -> None:
+        """Somebody has nothing to do: what waits behind a call of somebody else may wait for everybody."""
+        most = max(self._seats, key=lambda each: len(each.calls), default=None)
+        if most is not None and len(most.calls) > 1:
+            self._take_back(most)
+
+    def _take_back(self, seat: _Seat) -> None:
+        """What *seat* has not begun waits again, at the head. (``_fill`` is to follow, since it may be idle now.)"""
+        self._waiting.extendleft(call for call in reversed(seat.take_back()) if not call.done())
+        if not seat.calls and not seat.leaving and seat not in self._idle:
+            self._idle.append(seat)
 
     def _refill(self) -> None:
         """A worker has gone: another one, if calls wait for it."""
@@ -453,27 +549,34 @@ class WorkerPool(concurrent.futures.Executor):
                     self._waiting.remove(call)
                 except ValueError:
                     pass
-            else:
-                seat.control.post_message(seat.number)
-                delivery_thread.call_later(self._grace, partial(_replace, weakref.ref(seat), seat.number))
+                return
+            self._take_back(seat)
+            if call._seat is seat:  # it has begun
+                seat.control.post_message(call._number)
+                delivery_thread.call_later(self._grace, partial(_replace, weakref.ref(seat), call._number))
+        self._refill()
 
     def _lost(self, seat: _Seat) -> None:
         """A worker has ended."""
         with self._lock:
             self._remove(seat)
-            call, seat.call = seat.call, None
-            if call is not None:
+            left, seat.leaving = seat.leaving, True
+            hit, back = list(seat.calls.values()), seat.take_back()
+            lost = [call for call in hit if call._moves or (call not in back and call._retries < 1)]
+            again = [call for call in hit if call not in lost and not call.done()]
+            for call in hit:
                 call._seat = None
-                if call._retries > 0 and not call.done() and not call._moved:
-                    call._retries -= 1
-                    self._waiting.appendleft(call)
-                    call = None
-        if not seat.ready and not seat.leaving:
+            for call in again:
+                call._retries -= call not in back
+            self._waiting.extendleft(reversed(again))
+            seat.calls.clear()
+        seat.claims.close()
+        if not seat.ready and not left:
             seat.worker.join(5)
             error = seat.worker._what_escaped()
             if error is not None and (seat.worker.exitcode or 0) >= 0:  # not if somebody killed it: that is no habit
                 self._break(error, None)
-        if call is not None:
+        for call in lost:
             call._settle(error=_died(seat, call))
         self._refill()
 
@@ -482,10 +585,11 @@ class WorkerPool(concurrent.futures.Executor):
         text = str(error)
         with self._lock:
             self._broken = text, packed
-            calls = [seat.call for seat in self._seats if seat.call is not None and not seat.ready]
+            calls: list[PoolFuture[Any]] = []
             for seat in self._seats:
                 if not seat.ready:
-                    seat.call = None
+                    calls += seat.calls.values()
+                    seat.calls.clear()
                     seat.leave()
         for call in calls:
             call._seat = None
@@ -555,15 +659,20 @@ def _replace(reference: weakref.ref[_Seat], number: int) -> None:
     """The grace is over."""
     seat = reference()
     pool = None if seat is None else seat.pool()
-    if seat is not None and pool is not None:
-        with pool._lock:
-            if seat.number == number and seat.call is not None:
-                seat.worker._signal(signal.SIGKILL)
+    if seat is None or pool is None:
+        return
+    with pool._lock:
+        if number not in seat.calls:
+            return
+        pool._take_back(seat)
+        if next(reversed(seat.calls), None) == number:  # else it has ended, and its answer is on the way
+            seat.worker._signal(signal.SIGKILL)
+    pool._refill()
 
 
-def _expire(reference: weakref.ref[PoolFuture[Any]], number: int) -> None:
-    call = reference()
-    if call is None or call._seat is None or call._seat.number != number or call.done():
+def _expire(reference: weakref.ref[PoolFuture[Any]], giver: weakref.ref[_Seat], number: int) -> None:
+    call, seat = reference(), giver()
+    if call is None or seat is None or call._seat is not seat or call._number != number or call.done():
         return
     pool = call._pool
     call._settle(error=TimeoutError(f"{_describe(call)} did not end in {call._options._timeout} s, and is stopped"))

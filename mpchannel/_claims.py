@@ -1,0 +1,92 @@
+"""Which of the tasks that were given to a worker it has begun: tokens in a pipe, which both sides can take out.
+
+    caller   give(numbers)    a token for each task; before the tasks themselves
+    worker   claim(number)    takes the token when it begins the task; if it is gone, the task was taken back
+    caller   take_back()      takes out what is left: those tasks have not begun, and never will there
+
+The kernel gives each token to one of the two. So both agree on what has begun without asking each other, at any time:
+while the worker is at work, hangs, is stopped, or is dead.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable
+from typing import Any, Self
+
+from ._clone import Departure, Entry, Transferable, register
+from ._kernel import Descriptors
+
+_TOKEN = struct.Struct("<Q")  # a divisor of the size of a page, so that a read never ends within one
+MOST = 1024
+"""Tokens that always fit."""
+
+
+class Claims(Transferable):
+    """This side of the pipe. What arrives in another process can only claim."""
+
+    __slots__ = ("_held", "_reader", "_writer")
+
+    _code = 3
+    _shared = True
+
+    def __init__(self) -> None:
+        self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._held = -1
+
+    def give(self, numbers: Iterable[int]) -> None:
+        """Numbers go up, from call to call."""
+        os.write(self._writer, b"".join(map(_TOKEN.pack, numbers)))
+
+    def take_back(self) -> set[int]:
+        try:
+            tokens = os.read(self._reader, MOST * _TOKEN.size)
+        except BlockingIOError:
+            return set()
+        return {number for (number,) in _TOKEN.iter_unpack(tokens)}
+
+    def claim(self, number: int) -> bool:
+        """Whether the task may begin. To be asked for each that was given, in their order."""
+        while self._held < number:  # what is lower was taken back between its token and its task
+            try:
+                token = os.read(self._reader, _TOKEN.size)
+            except BlockingIOError:
+                return False
+            (self._held,) = _TOKEN.unpack(token)
+        return self._held == number
+
+    def close(self) -> None:
+        for descriptor in (self._reader, self._writer):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._reader = self._writer = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+    # Transferable: a copy of the reading end goes with a message
+
+    def _locks(self) -> list[tuple[int, int, Any]]:
+        return []
+
+    def _check_movable(self, name: str) -> None:
+        pass
+
+    def _pack_up(self) -> Entry:
+        return Entry(self._code, b"", (self._reader,))
+
+    def _left(self, departure: Departure, pid: int | None, *, lost: bool = False) -> None:
+        pass
+
+    @classmethod
+    def _arrive(cls, luggage: memoryview, descriptors: Descriptors) -> Self:
+        claims = cls.__new__(cls)
+        claims._reader, claims._writer, claims._held = descriptors.claim_number(), -1, -1
+        return claims
+
+    def _undelivered(self) -> None:
+        self.close()
+
+
+register(Claims)
