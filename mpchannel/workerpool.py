@@ -92,9 +92,10 @@ class PoolFuture(concurrent.futures.Future[T]):
 
     def _stop(self) -> None:
         """Nobody waits for it any more."""
-        pool, self._task = self._pool, None
+        pool = self._pool
         if pool is not None:
             pool._abandon(self)
+        self._task = None
 
     def _settle(self, result: Any = None, error: BaseException | None = None) -> None:
         self._pool = self._task = None
@@ -155,7 +156,6 @@ class _Seat:
         first = not self.calls
         for number, call in zip(numbers, calls, strict=True):  # first of all: an answer may be here at once
             self.calls[number], call._seat, call._number = call, self, number
-        given = False
         try:
             self.claims.give(numbers)
             port = self.worker._port
@@ -163,14 +163,20 @@ class _Seat:
                 given = port._post(calls[0]._task, "given to a worker") and port.post_message([(numbers[0], None)])
             else:
                 given = port.post_message([(call._number, call._task) for call in calls])
-        finally:
-            if not given:
-                self.take_back()
-                for number in numbers:
-                    self.calls.pop(number, None)
+        except Exception:
+            self._withdraw(numbers)
+            raise
+        if not given:
+            self._withdraw(numbers)
         if first:
             self.begin()
         return given
+
+    def _withdraw(self, numbers: Iterable[int]) -> None:
+        """They were not posted. (Their tokens stay there: nobody has a task of that number.)"""
+        for number in numbers:
+            self.calls.pop(number)._seat = None
+            self.count -= 1
 
     def take_back(self) -> list[PoolFuture[Any]]:
         """Those that have not begun, and now never will here."""
@@ -491,6 +497,9 @@ class WorkerPool(concurrent.futures.Executor):
                         return
                 except Exception as error:  # it cannot be sent
                     problem = error
+                except BaseException:  # of a signal handler: who knows whether it was sent
+                    self._take_back(seat)
+                    raise
                 else:
                     self._waiting.extendleft(reversed(calls))
                     seat.leaving = True  # it died while it was idle, which is being told
