@@ -9,7 +9,7 @@ import sys
 
 import mpchannel
 
-from . import bench
+from .bench import command as bench
 from .demo import command as demo
 
 
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, room, summary in (
         ("demo", demo, "channels at work: searches files with a worker process"),
-        ("bench", bench, "measure channels and multiprocessing.Pipe side by side"),
+        ("bench", bench, "measure channels and multiprocessing.Pipe side by side, or pools"),
     ):
         command = commands.add_parser(name, help=summary)
         room.add_arguments(command)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mpchannel import bench
+from mpchannel.bench import channels, figures, pools
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -35,9 +35,9 @@ def test_bench_measures_every_scenario_with_both(tmp_path: Path) -> None:
     assert re.search(r"cores: \d+, rounds: 1$", ran.stdout, re.MULTILINE)
     written = json.loads((tmp_path / "figures.json").read_text())
     assert written["rounds"] == 1
-    assert len(written["scenarios"]) == len(bench.SCENARIOS)
+    assert len(written["scenarios"]) == len(channels.SCENARIOS)
     lines = ran.stdout.splitlines()
-    for scenario, raw in zip(bench.SCENARIOS, written["scenarios"], strict=True):
+    for scenario, raw in zip(channels.SCENARIOS, written["scenarios"], strict=True):
         assert raw["scenario"].startswith(scenario.name.partition("{")[0])
         (line,) = [line for line in lines if line.startswith(raw["scenario"]) and line.endswith(scenario.better)]
         _, unit, pipe, ours, ratio, _ = re.split(r" {2,}", line)
@@ -60,9 +60,9 @@ def test_each_round_runs_both_right_after_each_other_in_alternating_order(monkey
         runs.append((place, kind))
         return 1.0
 
-    monkeypatch.setattr(bench, "run_once", run_once)
-    rows = bench.measure(3, 1.0)
-    places = range(len(bench.SCENARIOS))
+    monkeypatch.setattr(channels, "run_once", run_once)
+    rows = channels.measure(3, 1.0)
+    places = range(len(channels.SCENARIOS))
     assert runs == [(place, kind) for order in ((0, 1), (1, 0), (0, 1)) for place in places for kind in order]
     assert all(figures == [1.0] * 3 for row in rows for figures in row["figures"].values())
 
@@ -74,6 +74,8 @@ def test_each_round_runs_both_right_after_each_other_in_alternating_order(monkey
         (["--scale", "0"], "--scale more than 0"),
         (["--scale", "nan"], "--scale more than 0"),
         (["--json", "missing/figures.json"], "missing/figures.json"),
+        (["--pools", "--rounds", "0"], "--rounds must be at least 1"),
+        (["--start-method", "spawn"], "with --pools only"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_1(arguments: list[str], words: str, tmp_path: Path) -> None:
@@ -84,9 +86,72 @@ def test_bad_input_is_one_line_and_exit_code_1(arguments: list[str], words: str,
 
 def test_a_run_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def run_once(place: int, kind: int, times: int) -> Any:
-        raise bench.BenchError("it ended without a result")
+        raise figures.BenchError("it ended without a result")
 
-    monkeypatch.setattr(bench, "run_once", run_once)
-    with pytest.raises(bench.BenchError, match=r"round trip, small dict, Pipe: it ended without a result"):
-        bench.measure(1, 1.0)
+    monkeypatch.setattr(channels, "run_once", run_once)
+    with pytest.raises(figures.BenchError, match=r"round trip, small dict, Pipe: it ended without a result"):
+        channels.measure(1, 1.0)
     assert "round 1 of 1" in capsys.readouterr().out
+
+
+# Pools
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_bench_measures_every_pool_that_is_installed(start_method: str, tmp_path: Path) -> None:
+    arguments = "--pools", "--rounds", "2", "--scale", "0.002", "--start-method", start_method
+    ran = run(tmp_path, *arguments, "--json", "figures.json")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    written = json.loads((tmp_path / "figures.json").read_text())
+    names = [pools.KINDS[place].name for place in pools.present()]
+    assert names[:3] == ["mpchannel.WorkerPool", "multiprocessing.Pool", "ProcessPoolExecutor"]
+    assert (written["rounds"], written["workers"], written["start_method"]) == (2, 2, start_method)
+    assert {"python", "mpchannel"} <= set(written["versions"])
+    assert ("loky" in written["versions"], "loky" in written["missing"]) == ("loky" in names, "loky" not in names)
+    assert ("loky is not installed" in ran.stdout) == ("loky" not in names)
+    assert len(written["scenarios"]) == len(pools.SCENARIOS)
+    for scenario, row in zip(pools.SCENARIOS, written["scenarios"], strict=True):
+        assert (row["scenario"], row["unit"], row["better"]) == scenario[:3]
+        assert list(row["figures"]) == names
+        assert all(len(each) == 2 and min(each) > 0 for each in row["figures"].values())
+        ours = row["figures"][names[0]]
+        for name in names[1:]:
+            first, second = (our / their for our, their in zip(ours, row["figures"][name], strict=True))
+            assert row["ratios"][name] == pytest.approx((first + second) / 2)
+    for name in names:
+        (line,) = [line for line in ran.stdout.splitlines() if re.match(rf"{name} {{2,}}[\d-]", line)]
+        _, *shown = line.split()
+        for row, median, ratio in zip(written["scenarios"], shown[::2], shown[1::2], strict=True):
+            assert number(median) == pytest.approx(sum(row["figures"][name]) / 2, rel=0.05)
+            assert ratio == "-" if name == names[0] else number(ratio) == pytest.approx(row["ratios"][name], rel=0.05)
+
+
+def test_each_round_of_pools_begins_with_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+
+    def run_once(place: int, start_method: str, times: Any) -> list[float]:
+        runs.append(place)
+        return [1.0 + place] * len(times)
+
+    monkeypatch.setattr(pools, "run_once", run_once)
+    monkeypatch.setattr(pools, "present", lambda: [0, 1, 3])
+    rows = pools.measure(3, 1.0, "spawn")
+    assert runs == [0, 1, 3, 1, 3, 0, 3, 0, 1]
+    for row in rows:
+        assert row["ratios"] == {"multiprocessing.Pool": 0.5, "loky": 0.25}
+
+
+def test_the_ratio_is_the_median_of_the_rounds() -> None:
+    measured = {"mpchannel.WorkerPool": [1.0, 6.0, 9.0], "loky": [1.0, 2.0, 1.0]}
+    assert pools.ratios(measured) == {"loky": 3.0}
+
+
+def test_a_pool_that_is_not_installed_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pools, "present", lambda: [0, 1, 2])
+    about = figures.surroundings(1, 1.0) | pools.surroundings("spawn")
+    assert about["missing"] == ["loky"]
+    assert "loky" not in about["versions"]
+    pools.print_about(about)
+    assert "loky is not installed, and not measured" in capsys.readouterr().out

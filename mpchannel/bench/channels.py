@@ -1,4 +1,4 @@
-"""``python -m mpchannel bench``: channels and ``multiprocessing.Pipe``, measured side by side in one run.
+"""Channels and ``multiprocessing.Pipe``, measured side by side in one run.
 
 Everything is measured in rounds. In each round each scenario runs with a Pipe and with a channel, one right after the
 other, in alternating order, so that what else the machine does hits both. Each run has two fresh processes: *near*
@@ -10,27 +10,21 @@ the two kinds is what ``Kind`` says.
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
-import json
 import multiprocessing
 import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from .channel import MessageChannel
-from .context import get_context
-from .demo.children import Children
-from .demo.progress import ProgressLine
-from .demo.table import print_table
-
-PATIENCE = 60.0  # seconds that one run may take
+from ..channel import MessageChannel
+from ..context import get_context
+from ..demo.children import Children
+from ..demo.progress import ProgressLine
+from ..demo.table import print_table
+from .figures import HIGHER, LOWER, BenchError, has_numpy, print_surroundings, result_of, significant
 
 
 class Kind(NamedTuple):
@@ -101,10 +95,6 @@ def array_100_mib() -> Any:
     import numpy
 
     return numpy.arange((100 << 20) // 8, dtype=numpy.float64)
-
-
-def has_numpy() -> bool:
-    return importlib.util.find_spec("numpy") is not None
 
 
 def touch_each_page(message: Any) -> None:
@@ -239,9 +229,6 @@ def create_and_close(side: Side) -> Figure:
     return (time.perf_counter() - start) / side.times * 1e6
 
 
-LOWER, HIGHER = "lower", "higher"
-
-
 class Scenario(NamedTuple):
     name: str  # may tell the {times}
     unit: str
@@ -266,10 +253,6 @@ SCENARIOS = (
 
 
 # Running them
-
-
-class BenchError(Exception):
-    """A run failed: its processes have said why on stderr."""
 
 
 def _take_part(
@@ -299,14 +282,7 @@ def run_once(place: int, kind: int, times: int) -> Any:
             end.close()
             signal.close()
         for_result.close()
-        try:
-            if not result.poll(PATIENCE):
-                raise BenchError(f"no result within {PATIENCE:.0f} s")
-            return result.recv()
-        except EOFError:
-            raise BenchError("it ended without a result") from None
-        finally:
-            result.close()
+        return result_of(result)
 
 
 def measure(rounds: int, scale: float) -> list[dict[str, Any]]:
@@ -341,55 +317,8 @@ def measure(rounds: int, scale: float) -> list[dict[str, Any]]:
 # Showing them
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Measure channels and multiprocessing.Pipe side by side, in alternating order."
-    parser.add_argument(
-        "--quick", action="store_true", help="3 rounds of a fifth of the messages: less than 20 seconds"
-    )
-    parser.add_argument("--rounds", metavar="N", type=int, help="how often each scenario runs (default: 5)")
-    parser.add_argument("--scale", metavar="X", type=float, help="messages per run, as a factor (default: 1.0)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures of each run into FILE as well")
-
-
-def run(options: argparse.Namespace) -> int:
-    """Measure and print. Returns the exit code: 0, or 1 if a run failed."""
-    rounds = options.rounds if options.rounds is not None else 3 if options.quick else 5
-    scale = options.scale if options.scale is not None else 0.2 if options.quick else 1.0
-    try:
-        if rounds < 1 or not 0 < scale < float("inf"):
-            raise BenchError("--rounds must be at least 1, and --scale more than 0")
-        if options.json:
-            open(options.json, "a").close()  # better now than after the run
-        with MessageChannel():
-            pass  # raises on a system that cannot have channels
-        about = surroundings(rounds, scale)
-        print_about(about)
-        rows = measure(rounds, scale)
-        print_figures(rows)
-        if options.json:
-            with open(options.json, "w") as file:
-                json.dump({**about, "scenarios": rows}, file, indent=1)
-    except BrokenPipeError:
-        raise  # nobody reads what we print
-    except (BenchError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def surroundings(rounds: int, scale: float) -> dict[str, Any]:
-    return {
-        "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "system": f"{platform.system()} {platform.release()}",
-        "cores": len(os.sched_getaffinity(0)),
-        "rounds": rounds,
-        "scale": scale,
-        "numpy": has_numpy(),
-    }
-
-
 def print_about(about: dict[str, Any]) -> None:
-    print(f"{about['python']}, {about['system']}, cores: {about['cores']}, rounds: {about['rounds']}")
+    print_surroundings(about)
     print("each run in two fresh processes, free to use every core unless it says otherwise")
     print(f"100 MiB array: {'NumPy float64' if about['numpy'] else 'a bytearray (NumPy is not installed)'}")
     print()
@@ -420,8 +349,3 @@ def typical(figures: Sequence[Any]) -> Any:
 
 def shown(figure: Any) -> str:
     return significant(figure) if isinstance(figure, float) else f"stuck at {figure:,}"
-
-
-def significant(figure: float) -> str:
-    """Three digits that count."""
-    return f"{figure:,.0f}" if figure >= 99.95 else f"{figure:#.3g}"
