@@ -492,18 +492,21 @@ class WorkerPool(concurrent.futures.Executor):
                     if not seat.calls:
                         self._idle.append(seat)
                     return
+                problem = None
                 try:
-                    if seat.give(calls):
-                        return
+                    if not seat.give(calls):
+                        self._waiting.extendleft(reversed(calls))
+                        seat.leaving = True  # it died while it was idle, which is being told
+                        break
                 except Exception as error:  # it cannot be sent
                     problem = error
                 except BaseException:  # of a signal handler: who knows whether it was sent
                     self._take_back(seat)
                     raise
                 else:
-                    self._waiting.extendleft(reversed(calls))
-                    seat.leaving = True  # it died while it was idle, which is being told
-                    break
+                    if self._waiting and self._idle:
+                        break  # what was taken back is for others
+                    return
             for call in calls:
                 call._settle(error=problem)
         self._refill()

@@ -84,14 +84,14 @@ def test_bad_input_is_one_line_and_exit_code_1(arguments: list[str], words: str,
     assert re.fullmatch(rf"error: .*{words}.*\n", ran.stderr)
 
 
-def test_a_run_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     def run_once(place: int, kind: int, times: int) -> Any:
         raise figures.BenchError("it ended without a result")
 
     monkeypatch.setattr(channels, "run_once", run_once)
     with pytest.raises(figures.BenchError, match=r"round trip, small dict, Pipe: it ended without a result"):
         channels.measure(1, 1.0)
-    assert "round 1 of 1" in capsys.readouterr().out
+    assert "round 1 of 1" in capfd.readouterr().out
 
 
 # Pools

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 
 import mpchannel
-from mpchannel import WorkerDied, WorkerPool, WorkerStartError
+from mpchannel import WorkerDied, WorkerPool, WorkerStartError, workerpool
+from mpchannel._claims import Claims
 
 from . import pool_tasks as tasks
 
@@ -328,6 +329,106 @@ def test_a_call_with_ports_is_lost_with_its_worker_and_so_is_a_stream(context: A
             list(pool.options(retries=5).stream(tasks.count_and_die, 3))
 
 
+# Short calls, which are given ahead
+
+
+def test_calls_are_given_ahead_while_they_are_short(context: Any) -> None:
+    with WorkerPool(1, context=context) as pool:
+        assert pool.submit(tasks.misbehave, "slow", 1).result(20) == 1
+        (seat,) = pool._seats
+        deadline = time.monotonic() + 60
+        while seat.depth < 5:
+            assert time.monotonic() < deadline
+            for future in [pool.submit(tasks.square, 1) for _ in range(50)]:
+                future.result(20)
+        pool.submit(tasks.misbehave, "slow", 1).result(20)
+        assert seat.depth == 1
+
+
+@contextmanager
+def a_long_call_and_short_ones(
+    context: Any, folder: Path, workers: int = 1, **options: Any
+) -> Iterator[tuple[WorkerPool, Any, Any, list[Any]]]:
+    """A pool, a worker that has begun a long call, that call, and short ones, which were given to workers behind it."""
+    with pytest.MonkeyPatch.context() as patch, WorkerPool(workers, context=context, **options) as pool:
+        patch.setattr(workerpool._Seat, "depth", 8)
+        for future in [pool.submit(tasks.square, 1) for _ in range(workers)]:
+            future.result(20)
+        gate = str(folder / "gate")
+        os.mkfifo(gate)
+        with pool._lock:  # nothing is heard, nor given but to who is idle
+            busy = [pool.submit(tasks.square, 1) for _ in range(workers)]
+            call = pool.submit(tasks.wait_at_gate, gate)
+            short = [pool.submit(tasks.note, str(folder / "notes"), number) for number in range(20)]
+        with open(gate, "w"):  # waits until it has begun
+            assert all(future.result(20) == 1 for future in busy)
+            seat = call._seat
+            assert workers > 1 or len(seat.calls) > 1
+            yield pool, seat, call, short
+    assert seat.worker.exitcode is not None
+
+
+def notes(folder: Path) -> list[int]:
+    return sorted(map(int, (folder / "notes").read_text().split()))
+
+
+def test_short_calls_do_not_wait_behind_a_long_one(context: Any, tmp_path: Path) -> None:
+    with a_long_call_and_short_ones(context, tmp_path, workers=2) as (_, _, call, short):
+        assert [future.result(20) for future in short] == list(range(20))
+        assert call.running()
+        assert notes(tmp_path) == list(range(20))
+
+
+def test_calls_that_were_given_ahead_survive_their_worker_and_run_once(context: Any, tmp_path: Path) -> None:
+    with a_long_call_and_short_ones(context, tmp_path) as (_, seat, call, short):
+        assert not any(future.running() for future in short)
+        os.kill(seat.worker.pid, signal.SIGKILL)
+        with pytest.raises(WorkerDied, match="during the call of wait_at_gate"):
+            call.result(20)
+        assert [future.result(20) for future in short] == list(range(20))
+        assert notes(tmp_path) == list(range(20))
+
+
+@pytest.mark.parametrize("grace", [0, 0.05])
+def test_replacing_a_worker_hits_no_call_that_was_given_ahead(context: Any, tmp_path: Path, grace: float) -> None:
+    with a_long_call_and_short_ones(context, tmp_path, grace=grace) as (_, seat, call, short):
+        assert call.cancel()
+        assert [future.result(20) for future in short] == list(range(20))
+        assert notes(tmp_path) == list(range(20))
+        seat.worker.join(20)
+        assert seat.worker.exitcode == -signal.SIGKILL
+
+
+def test_a_call_that_was_given_ahead_is_cancelled_and_never_runs(context: Any, tmp_path: Path) -> None:
+    with a_long_call_and_short_ones(context, tmp_path, grace=0) as (_, seat, call, short):
+        assert short[0].cancel()
+        assert short[3].cancel()
+    assert call.result(20) == "through"
+    rest = [1, 2, *range(4, 20)]
+    assert [short[number].result(20) for number in rest] == rest
+    assert notes(tmp_path) == rest
+    assert seat.worker.exitcode == 0  # it was not replaced
+
+
+def test_each_claim_goes_to_one_side(context: Any) -> None:
+    mine, theirs = mpchannel.MessageChannel()
+    claims, count = Claims(), 5_000
+    with mine, mpchannel.Worker(tasks.claim_all, claims, count, theirs, context=context):
+        back: set[int] = set()
+        for number in range(1, count + 1, 100):
+            claims.give(range(number, number + 100))
+            mine.post_message(number + 99)
+            if number % 300 == 1:
+                back |= claims.take_back()
+        begun = mine.recv(20)
+        back |= claims.take_back()
+    claims.close()
+    assert not back.intersection(begun)
+    assert back.union(begun) == set(range(1, count + 1))
+    assert back
+    assert begun
+
+
 # Streams
 
 
@@ -414,7 +515,7 @@ def test_a_storm_of_cancels_timeouts_kills_and_exceptions_settles_every_call(con
         "exit": WorkerDied,
         "spin": (TimeoutError, concurrent.futures.CancelledError),
     }
-    count = 1000 if context.get_start_method() == "spawn" else 3000
+    count = {"fork": 10_000, "forkserver": 3000, "spawn": 1000}[context.get_start_method()]
     with WorkerPool(2, context=context, grace=0.01) as pool:
         calls = []
         for number in range(count):
