@@ -11,6 +11,7 @@ import random
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -397,6 +398,22 @@ def test_replacing_a_worker_hits_no_call_that_was_given_ahead(context: Any, tmp_
         assert notes(tmp_path) == list(range(20))
         seat.worker.join(20)
         assert seat.worker.exitcode == -signal.SIGKILL
+
+
+def test_a_grace_that_ends_while_the_answer_is_on_the_way_hits_nothing(context: Any, tmp_path: Path) -> None:
+    gate = str(tmp_path / "gate")
+    os.mkfifo(gate)
+    with pytest.MonkeyPatch.context() as patch, WorkerPool(1, context=context) as pool:
+        patch.setattr(workerpool._Seat, "depth", 8)
+        pool.submit(tasks.square, 1).result(20)
+        (seat,) = pool._seats
+        with pool._lock:  # no answer is heard meanwhile
+            first, second = pool.submit(tasks.square, 2), pool.submit(tasks.wait_at_gate, gate)
+            pool._next(seat)
+            with open(gate, "w"):  # waits until the second has begun
+                assert list(seat.calls.values()) == [first, second]
+                workerpool._replace(weakref.ref(seat), first._number)
+        assert (first.result(20), second.result(20)) == (4, "through")
 
 
 def test_a_call_that_was_given_ahead_is_cancelled_and_never_runs(context: Any, tmp_path: Path) -> None:
