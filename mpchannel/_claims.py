@@ -10,60 +10,47 @@ while the worker is at work, hangs, is stopped, or is dead.
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterable
 from typing import Any, Self
 
 from ._clone import Departure, Entry, Transferable, register
-from ._kernel import Descriptors
+from ._kernel import Descriptors, Pipe
 
 _TOKEN = struct.Struct("<Q")  # a divisor of the size of a page, so that a read never ends within one
 MOST = 1024
-"""Tokens that always fit."""
 
 
 class Claims(Transferable):
     """This side of the pipe. What arrives in another process can only claim."""
 
-    __slots__ = ("_held", "_reader", "_writer")
+    __slots__ = ("_held", "_pipe")
 
     _code = 3
     _shared = True
 
-    def __init__(self) -> None:
-        self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._held = -1
+    def __init__(self, pipe: Pipe | None = None) -> None:
+        self._pipe = pipe or Pipe.create()
+        self._held = 0
 
     def give(self, numbers: Iterable[int]) -> None:
-        """Numbers go up, from call to call."""
-        os.write(self._writer, b"".join(map(_TOKEN.pack, numbers)))
+        """Numbers go up from 1, from call to call; ``MOST`` of them always fit."""
+        self._pipe.put(b"".join(map(_TOKEN.pack, numbers)))
 
     def take_back(self) -> set[int]:
-        try:
-            tokens = os.read(self._reader, MOST * _TOKEN.size)
-        except BlockingIOError:
-            return set()
-        return {number for (number,) in _TOKEN.iter_unpack(tokens)}
+        return {number for (number,) in _TOKEN.iter_unpack(self._pipe.take(MOST * _TOKEN.size))}
 
     def claim(self, number: int) -> bool:
         """Whether the task may begin. To be asked for each that was given, in their order."""
         while self._held < number:  # what is lower was taken back between its token and its task
-            try:
-                token = os.read(self._reader, _TOKEN.size)
-            except BlockingIOError:
+            token = self._pipe.take(_TOKEN.size)
+            if not token:
                 return False
             (self._held,) = _TOKEN.unpack(token)
         return self._held == number
 
     def close(self) -> None:
-        for descriptor in (self._reader, self._writer):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self._reader = self._writer = -1
-
-    def __del__(self) -> None:
-        self.close()
+        self._pipe.close()
 
     # Transferable: a copy of the reading end goes with a message
 
@@ -74,16 +61,14 @@ class Claims(Transferable):
         pass
 
     def _pack_up(self) -> Entry:
-        return Entry(self._code, b"", (self._reader,))
+        return Entry(self._code, b"", (self._pipe.fileno(),))
 
     def _left(self, departure: Departure, pid: int | None, *, lost: bool = False) -> None:
         pass
 
     @classmethod
     def _arrive(cls, luggage: memoryview, descriptors: Descriptors) -> Self:
-        claims = cls.__new__(cls)
-        claims._reader, claims._writer, claims._held = descriptors.claim_number(), -1, -1
-        return claims
+        return cls(descriptors.claim_pipe())
 
     def _undelivered(self) -> None:
         self.close()

@@ -314,9 +314,9 @@ class Descriptors(_Owner):
             self._claimed.extend(map(Socket, *map(repeat, _kind()), self._pop()))
             return _owned(self._claimed.pop())
 
-    def claim_number(self) -> int:
-        """The next one, which is the caller's from now on. Raises ``IndexError`` if there is none."""
-        return self._numbers.pop(0)
+    def claim_pipe(self) -> Pipe:
+        """The next one, as the reading end of a pipe. Raises ``IndexError`` if there is none."""
+        return Pipe(self._pop())
 
     def claim_memory(self) -> Memory:
         """The next one, as memory. Raises ``IndexError`` if there is none."""
@@ -567,6 +567,40 @@ class Bell(_File):
             os.eventfd_read(self._number)
         except BlockingIOError:
             pass  # nobody rang
+
+
+class Pipe(_Owner):
+    """A pipe that never waits: its reading end, and maybe the writing one."""
+
+    __slots__ = ()
+
+    def __init__(self, making: Iterator[int]) -> None:
+        super().__init__()
+        self._numbers.extend(making)
+
+    @classmethod
+    def create(cls) -> Pipe:
+        """Raises ``OSError``."""
+        try:
+            with crossing:
+                return cls(chain.from_iterable(map(os.pipe2, (os.O_NONBLOCK | os.O_CLOEXEC,))))
+        except OSError as error:
+            raise explain(error, "open a pipe") from error
+
+    def fileno(self) -> int:
+        """Of the reading end."""
+        return self._numbers[0]
+
+    def put(self, data: bytes) -> None:
+        """All of *data*, which has to fit."""
+        os.write(self._numbers[1], data)
+
+    def take(self, size: int) -> bytes:
+        """At most *size* bytes; none if there are none. Of several processes that take, each byte goes to one."""
+        try:
+            return os.read(self._numbers[0], size)
+        except BlockingIOError:
+            return b""
 
 
 class ProcessHandle(_File):
