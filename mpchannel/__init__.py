@@ -7,6 +7,7 @@ _clone                  messages <-> packets
 _delivery               who runs listeners
 port, channel           MessagePort, MessageChannel
 connection              Pipe, Connection
+sharedbuffer            SharedBuffer: memory that is shared, or moves
 reduction, process,     how ports get into other processes; the standard library's processes and contexts
 context
 ipc, _window            named channels between a parent and its children; window, a process's own message target
@@ -28,6 +29,7 @@ from .channel import MessageChannel, receive_message_on_port, wait
 from .context import default_context, get_context
 from .errors import (
     BufferFull,
+    BufferInUseError,
     ChannelError,
     DataCloneError,
     MessageError,
@@ -40,6 +42,7 @@ from .errors import (
 from .events import CloseEvent, ErrorEvent, ExitEvent, MessageErrorEvent, MessageEvent
 from .port import MessagePort
 from .remote import awrap, expose, release, wrap
+from .sharedbuffer import SharedBuffer
 from .worker import Worker, parent_port, worker_data
 from .workerpool import WorkerPool
 
@@ -53,6 +56,7 @@ SUBDEBUG, SUBWARNING = 5, 25
 
 __all__ = [
     "BufferFull",
+    "BufferInUseError",
     "ChannelError",
     "CloseEvent",
     "DataCloneError",
@@ -66,6 +70,7 @@ __all__ = [
     "PortClosedError",
     "PortDetachedError",
     "RemoteError",
+    "SharedBuffer",
     "Worker",
     "WorkerDied",
     "WorkerPool",

@@ -28,6 +28,7 @@ class Claims(Transferable):
 
     _code = 3
     _shared = True
+    _in_ports = False
 
     def __init__(self, pipe: Pipe | None = None) -> None:
         self._pipe = pipe or Pipe.create()

@@ -100,6 +100,8 @@ class Transferable:
     _code: ClassVar[int]
     _shared: ClassVar[bool] = False
     """Whether it is never listed and always found: a copy goes with the message, and this object stays usable."""
+    _in_ports: ClassVar[bool] = True
+    """Whether the event's ``ports`` have it, if it is not shared."""
     _never_copied: ClassVar[str] = (
         "moves, it is never copied: list it in post_message(..., transfer=[...]), "
         "or give it to a Process as an argument"
@@ -116,6 +118,12 @@ class Transferable:
     def _check_movable(self, name: str) -> None:
         """Raise ``DataCloneError``, speaking of *name*, if this cannot leave."""
         raise NotImplementedError
+
+    def _found(self, explicit: bool) -> Transferable:
+        """What travels if this is in a message and not in its transfer list. *explicit*: there is such a list."""
+        if explicit and not self._shared:
+            raise DataCloneError(f"{self!r} is in the message but not in the transfer list; add it to transfer=[...]")
+        return self
 
     def _pack_up(self) -> Entry:
         raise NotImplementedError
@@ -151,23 +159,23 @@ def register(kind: type[Transferable]) -> None:
 class Moving:
     """The transferables of one message. *listed*: only these may move with it; ``None``: all that are found do."""
 
-    __slots__ = ("explicit", "listed", "objects")
+    __slots__ = ("explicit", "found", "listed", "objects")
 
     def __init__(self, listed: Sequence[Transferable] | None) -> None:
         self.explicit = listed is not None
         self.listed = listed or ()
-        self.objects = list(self.listed)
+        self.objects = list(self.listed)  # what travels
+        self.found = list(self.listed)  # what it travels for
 
     def forget_found(self) -> None:
-        self.objects[:] = self.listed
+        self.objects[:] = self.found[:] = self.listed
 
     def place(self, found: Transferable) -> int:
-        for place, each in enumerate(self.objects):
+        for place, each in enumerate(self.found):
             if each is found:
                 return place
-        if self.explicit and not found._shared:
-            raise DataCloneError(f"{found!r} is in the message but not in the transfer list; add it to transfer=[...]")
-        self.objects.append(found)
+        self.objects.append(found._found(self.explicit))
+        self.found.append(found)
         return len(self.objects) - 1
 
 
@@ -511,7 +519,7 @@ def unpack(parcel: Parcel) -> tuple[Any, tuple[Any, ...]]:
         pickle_, buffers = _open(body, descriptors, arrived)
         outer, _here.arriving = _here.arriving, arrived
         try:
-            return loads(pickle_, buffers=buffers), tuple(each for each in arrived if not each._shared)
+            return loads(pickle_, buffers=buffers), tuple(each for each in arrived if each._in_ports)
         finally:
             _here.arriving = outer
     except BaseException as error:

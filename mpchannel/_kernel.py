@@ -665,6 +665,27 @@ class Memory(_File):
         """Bytes of memory it really occupies."""
         return os.fstat(self._number).st_blocks * 512
 
+    def allocate(self, size: int) -> None:
+        """Give it *size* bytes of zeros, all of whose pages are there. Raises ``MemoryError``, ``OSError``."""
+        available = _available_memory()
+        if available is not None and size > available:  # the kernel would give it, and then end processes for it
+            raise MemoryError(f"{size:,} bytes were asked for, and {available:,} are available")
+        try:
+            os.posix_fallocate(self._number, 0, size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
+                raise MemoryError(f"the system has no {size:,} bytes: {error.strerror}") from error
+            raise explain(error, "allocate memory") from error
+
+    def for_reading(self) -> Memory:
+        """The same memory by a descriptor that is open for reading only. Raises ``OSError``."""
+        try:
+            path = f"/proc/self/fd/{self._number}"
+            with crossing:
+                return Memory(map(os.open, (path,), (os.O_RDONLY | os.O_CLOEXEC,)))
+        except OSError as error:
+            raise explain(error, "open memory for reading") from error
+
     def write(self, parts: Sequence[Any]) -> None:
         """Fill it with all *parts*. Raises ``OSError``."""
         at = 0
@@ -768,6 +789,16 @@ class Memory(_File):
             raise
         with mapping:
             mapping.madvise(_MADV_REMOVE)
+
+
+def _available_memory() -> int | None:
+    """Bytes that processes can still get; ``None`` where that is not known."""
+    try:
+        with open("/proc/meminfo", "rb") as file:
+            lines = dict(line.split(b":") for line in file)
+        return 1024 * sum(int(lines[name].split()[0]) for name in (b"MemAvailable", b"SwapFree"))
+    except (OSError, KeyError, ValueError):
+        return None
 
 
 def _in_portions(parts: Sequence[Any]) -> list[list[memoryview]]:

@@ -117,6 +117,7 @@ class Connection(Transferable, stdlib.Connection):
 
     _code = 2
     _shared = True
+    _in_ports = False
     _never_copied = (
         "is pickled only on its way to another process: give it to a Process as an argument, "
         "or send it through a Queue, a Connection or a port"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = [
     "BufferFull",
+    "BufferInUseError",
     "ChannelError",
     "DataCloneError",
     "MessageError",
@@ -29,6 +30,10 @@ class DataCloneError(ChannelError, TypeError):
     The text begins with the path to the culprit, such as ``message['jobs'][3].lock``. The error of the pickler,
     where there is one, is its ``__cause__``. (HTML calls this a "DataCloneError" DOMException.)
     """
+
+
+class BufferInUseError(DataCloneError, BufferError):
+    """A ``SharedBuffer`` cannot move while views of it are alive. Nothing was sent and nothing was detached."""
 
 
 class PortClosedError(ChannelError, EOFError):

@@ -66,7 +66,8 @@ class PoolFuture(concurrent.futures.Future[T]):
         self._pool: WorkerPool | None = pool
         self._name = getattr(fn, "__qualname__", None) or repr(fn)
         self._task: Any = task  # packed
-        self._moves = isinstance(task, _clone.Pickled) and bool(task.objects)  # its ports leave with the first try
+        self._moves = isinstance(task, _clone.Pickled) and not all(each._shared for each in task.objects)
+        """Whether its ports leave with the first try."""
         self._alone = not isinstance(task, bytes) or len(task) > _SMALL  # it goes by itself to a worker without a task
         self._options = options
         self._retries = options._retries

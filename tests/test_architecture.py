@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_link", "_shared"),
     ("_clone", "_delivery"),
     ("_endpoint", "_failure"),
-    ("port", "_answer", "_claims"),
+    ("port", "_answer", "_claims", "sharedbuffer"),
     ("channel",),
     ("connection", "queues", "ipc", "_window", "_stream"),
     ("_given",),
