@@ -38,8 +38,14 @@ def answer(call: Callable[[], Any], tell: Tell, at: Home, name: str) -> None:
 
 
 async def _answer_later(awaitable: Any, tell: Tell) -> None:
+    import asyncio
+
     try:
         result = await awaitable
+    except asyncio.CancelledError:
+        # Here, not at the caller's, who would take it for a cancellation of his own.
+        tell(False, pack_error(RuntimeError("the call was cancelled in the process that was to answer it")))
+        raise
     except BaseException as error:
         tell(False, pack_error(error))
         if not isinstance(error, Exception):

@@ -14,7 +14,7 @@ from typing import Any, Final, Generic, Self, TypeVar
 
 from ._delivery import Home
 from ._failure import pack_error, unpack_error
-from .errors import PortClosedError
+from .errors import MessageError, PortClosedError
 from .events import MessageEvent
 from .port import MessagePort
 
@@ -48,6 +48,9 @@ class Stream(Generic[T]):
             raise StopIteration
         try:
             kind, value = self._port.recv()
+        except MessageError:  # a value that cannot be loaded here: the next may be
+            self._take()
+            raise
         except PortClosedError as error:
             self._over = True
             self._ended_early(error)
@@ -64,6 +67,9 @@ class Stream(Generic[T]):
             raise StopAsyncIteration
         try:
             kind, value = await self._port.arecv()
+        except MessageError:
+            self._take()
+            raise
         except PortClosedError as error:
             self._over = True
             await self._aended_early(error)
@@ -75,16 +81,20 @@ class Stream(Generic[T]):
     def _accept(self, kind: str, value: Any) -> bool:
         """Whether *value* is one of the stream's."""
         if kind == _VALUE:
-            self._taken += 1
-            if self._taken >= WINDOW // 2:
-                self._port.post_message(self._taken)
-                self._taken = 0
+            self._take()
             return True
         self._over = True
         self._port.close()
         if kind == _FAILED:
             raise unpack_error(value)
         return False
+
+    def _take(self) -> None:
+        """A value came: now and then, tell the writer that as many more may."""
+        self._taken += 1
+        if self._taken >= WINDOW // 2:
+            self._port.post_message(self._taken)
+            self._taken = 0
 
     def _ended_early(self, error: PortClosedError) -> None:
         """The other side is gone without a word: raise what there is to say."""
@@ -125,26 +135,27 @@ def write(values: Iterator[Any], port: AnyPort, stopped: Callable[[], bool]) -> 
     """Post *values* until *stopped* or nobody reads on; waits for the reader. Returns what the generator returns."""
     ahead = WINDOW
     try:
-        with port:
-            while not stopped():
+        while not stopped():
+            try:
+                value = next(values)
+            except StopIteration as end:
+                port.post_message((_DONE, None))
+                return end.value
+            if not port.post_message((_VALUE, value)):
+                return None
+            del value
+            ahead -= 1
+            while ahead <= 0:
                 try:
-                    value = next(values)
-                except StopIteration as end:
-                    port.post_message((_DONE, None))
-                    return end.value
-                if not port.post_message((_VALUE, value)):
-                    return None
-                del value
-                ahead -= 1
-                while ahead <= 0:
                     ahead += port.recv()
-            return None
-    except PortClosedError:
+                except PortClosedError:
+                    return None
         return None
     except BaseException as error:
         port.post_message((_FAILED, pack_error(error)))
         raise
     finally:
+        port.close()
         if hasattr(values, "close"):
             values.close()  # runs its finally
 

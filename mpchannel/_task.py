@@ -16,6 +16,7 @@ from ._claims import Claims
 from ._clone import loads
 from ._failure import pack_error
 from ._stream import write
+from ._wire import End, Parcel, bounce
 from .errors import MessageError, PortClosedError
 from .port import MessagePort
 from .worker import parent_port
@@ -61,36 +62,38 @@ def serve(claims: Claims, control: AnyPort, initializer: Callable[..., Any] | No
         return
     _Here.control = control
     port.post_message((READY, 0, None))
-    alone: Any = None
     while True:
         try:
             packet = port.recv()
         except PortClosedError:
             return
-        except MessageError as error:  # a task that cannot be loaded here
-            alone = error
-            continue
         if packet is None:
             return
-        if type(packet) is tuple:
-            alone = packet
-            continue
         for number, task in packet:
-            given, alone = (alone, None) if task is None else (task, alone)
-            if claims.claim(number):
+            begins = claims.claim(number)
+            if begins:
                 _Here.number, _Here.stop = number, False
-                if not _run(given, port):
-                    return
-            del given
+            if not (_run(task, port) if begins else task is not None or _skip(port)):
+                return
+
+
+def _skip(port: AnyPort) -> bool:
+    """Take a task that was taken back, without loading it."""
+    hand: list[Any] = []
+    taken = port._link.next(hand)
+    if isinstance(taken, Parcel):
+        bounce(iter([taken.descriptors]))
+    return not isinstance(taken, End)
 
 
 def _run(task: Any, port: AnyPort) -> bool:
-    """Run a task, and answer. ``False`` if nobody is there any more."""
+    """Run a task, which comes by itself if it is ``None``, and answer. ``False`` if nobody is there any more."""
     answer: tuple[str, int, Any]
     try:
-        if isinstance(task, MessageError):
-            raise task.__cause__ or task
-        fn, args, kwargs, *reader = loads(task) if type(task) is bytes else task
+        task = _received(port) if task is None else loads(task)
+        if not task:
+            return True  # it could not be sent
+        fn, args, kwargs, *reader = task
         del task
         result = fn(*args, **kwargs)
         answer = DONE, _Here.number, write(iter(result), reader[0], cancelled) if reader else result
@@ -104,6 +107,13 @@ def _run(task: Any, port: AnyPort) -> bool:
     except Exception as error:  # whatever it is that cannot be sent: who called is told
         port.post_message((FAILED, _Here.number, pack_error(error)))
     return True
+
+
+def _received(port: AnyPort) -> Any:
+    try:
+        return port.recv()
+    except MessageError as error:
+        raise error.__cause__ or error from None
 
 
 def run_chunk(fn: Callable[..., T], chunk: list[tuple[Any, ...]]) -> list[T]:

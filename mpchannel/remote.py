@@ -11,7 +11,8 @@ between; an answer that cannot be loaded is known by its lane; and a call that i
 side hears. A request begins with the number of its lane, so that one whose rest cannot be loaded is answered as well.
 
 House rules: arguments and results are copied, ports among them move. A function that is itself an argument is called
-where it came from: by the thread that waits for the call, as long as it does, and then where listeners run. When the
+where it came from: by the thread that waits for the call, as long as it does, and then where listeners run. A thread
+that waits answers the calls of all that is to be called in it, so that no circle of calls waits for itself. When the
 port is over, so are its lanes, whoever closed it.
 """
 
@@ -46,8 +47,8 @@ _GET, _SET, _CALL, _NAMES = "get", "set", "call", "names"
 _FAILED, _RESULT, _METHOD, _STREAM = "failed", "result", "method", "stream"
 _PATIENCE: Final = 0.5  # seconds that a lane may end before the port does
 
-_exposed: Final[dict[tuple[int, bytes], Home]] = {}
-"""By process, which may fork, and channel: where objects are called."""
+_exposed: Final[dict[tuple[int, bytes], _Exposed]] = {}
+"""By process, which may fork, and channel."""
 _wrapped: Final[weakref.WeakKeyDictionary[AnyPort, weakref.ref[_Caller]]] = weakref.WeakKeyDictionary()
 
 
@@ -97,11 +98,13 @@ class _Exposed:
     def __init__(self, obj: Any, port: AnyPort) -> None:
         self._obj = obj
         self.port = port
+        self._home: Home | None = None
         self._lanes: dict[int, AnyPort] = {}
 
     def start(self, at: Home) -> None:
         port = self.port
-        _exposed[os.getpid(), port._channel] = at
+        self._home = at
+        _exposed[os.getpid(), port._channel] = self
         port._set_handler("message", self.heard)
         port._set_handler("messageerror", self._misheard)
         port._afterwards += (self._over,)
@@ -130,11 +133,25 @@ class _Exposed:
             del self._lanes[number]
 
     def _misheard(self, event: MessageErrorEvent) -> None:
-        """The request cannot be loaded here."""
+        self._refuse(event.error)
+
+    def _refuse(self, error: BaseException) -> None:
+        """A request cannot be loaded here."""
         lane, _loading.lane = self._lanes.get(-1 if _loading.lane is None else _loading.lane), None
         if lane is None:
-            raise event.error
-        lane.post_message((_FAILED, pack_error(event.error.__cause__ or event.error)))
+            raise error
+        lane.post_message((_FAILED, pack_error(error.__cause__ or error)))
+
+    def take_one(self) -> None:
+        """Answer a request in this thread, if there is one."""
+        _loading.lane = None
+        try:
+            event = receive_message_on_port(self.port)
+        except MessageError as error:
+            self._refuse(error)
+        else:
+            if event is not None:
+                self.heard(event, delivery_thread)
 
     def _do(self, lane: AnyPort, kind: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kind == _NAMES:
@@ -199,6 +216,7 @@ class _UnlessGivenUp:
             return await self._awaitable
         finally:
             self._lane.off("close", stop)
+            del stop  # the task's own exception would hold it, and so itself
 
     def close(self) -> None:
         """It will not be awaited."""
@@ -226,23 +244,18 @@ class _Caller:
         self._worker = worker
         self._numbers = count()
         self._free: list[_Lane] = []
-        self._busy: set[_Lane] = set()
+        self._busy: weakref.WeakSet[AnyPort] = weakref.WeakSet()  # of lanes whose answers are awaited
         _wrapped[self.port] = weakref.ref(self)
 
     def call(self, kind: str, name: str = "", args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Ask, and wait. Returns or raises what the other side did."""
-        at = _exposed.get((os.getpid(), self.port._channel))
-        if at is not None and at.here:
-            raise RuntimeError(
-                "this call would wait for itself: the object is called in this very thread; use awrap(port), or "
-                "another thread"
-            )
         functions: list[_Exposed] = []
         lane = self._free_lane(name)
         try:
             self._ask(lane, functions, kind, name, args, kwargs or {})
-            if functions:
-                _serve_until(lane.port, functions)
+            mine = _called_here()
+            if functions or mine:
+                _serve_until(lane.port, functions + mine)
             said = lane.port.recv()
         except BaseException as error:
             self._raise(error, lane, name)
@@ -272,7 +285,7 @@ class _Caller:
             if isinstance(error, MessageError):  # the answer has come, and cannot be loaded
                 self._put_back(lane)
                 raise error
-            self._busy.discard(lane)
+            self._busy.discard(lane.port)
             lane.port.close()  # an answer may still come; and the other side hears that nobody waits for it
             if isinstance(error, PortClosedError):
                 self._raise_unanswered(name, error)
@@ -281,7 +294,7 @@ class _Caller:
             del error  # a frame that holds what it raises is a cycle, which would keep the arguments
 
     def _put_back(self, lane: _Lane) -> None:
-        self._busy.discard(lane)
+        self._busy.discard(lane.port)
         self._free.append(lane)
 
     def _ask(
@@ -318,7 +331,7 @@ class _Caller:
             except IndexError:
                 lane = self._open(name)
             if lane.port._departure is None:  # else this is a forked child, and it was the parent's
-                self._busy.add(lane)
+                self._busy.add(lane.port)
                 return lane
 
     def _open(self, name: str) -> _Lane:
@@ -370,24 +383,30 @@ class _Caller:
 
     def close(self) -> None:
         self.port.close()
-        for lane in [*self._free, *self._busy]:
-            lane.port.close()
+        for port in [*(lane.port for lane in self._free), *self._busy]:
+            port.close()
 
     def __repr__(self) -> str:
         return repr(self._worker or self.port)
 
 
-def _serve_until(lane: AnyPort, functions: list[_Exposed]) -> None:
-    """Call *functions* when the other side does, until the answer is there."""
+def _called_here() -> list[_Exposed]:
+    """What is called in this very thread, so that it could not be while the thread waits."""
+    pid = os.getpid()
+    return [
+        each for (at, _), each in list(_exposed.items()) if at == pid and each._home is not None and each._home.here
+    ]
+
+
+def _serve_until(lane: AnyPort, exposed: list[_Exposed]) -> None:
+    """Answer calls of what is *exposed* until the answer is there."""
     while True:
-        ready = wait([lane, *(each.port for each in functions if not each.port.closed)])
+        ready = wait([lane, *(each.port for each in exposed if not each.port.closed)])
         if lane in ready:
             return
-        for each in functions:
+        for each in exposed:
             if each.port in ready:
-                event = receive_message_on_port(each.port)
-                if event is not None:
-                    each.heard(event, delivery_thread)
+                each.take_one()
 
 
 class Proxy:

@@ -117,17 +117,19 @@ class Worker(MessageTarget):
             process = context.Process(target=_work, args=(theirs, control, lifeline))
             process.name = name or f"Worker-{next(_numbers)}"
             process.ipc = self._ipc = ChildIpc(self)
-            with _interrupts_held_back(context.get_start_method()):
-                process.start()
-                self._process = process
-                process._worker = self  # multiprocessing holds the process until it is joined: so it goes on
-                undo.pop_all()
-                try:
+            try:
+                with _interrupts_held_back(context.get_start_method()):
+                    process.start()
+                    self._process = process
+                    process._worker = self  # multiprocessing holds the process until it is joined: so it goes on
+                    undo.pop_all()
                     for part in (packed, first, work):
                         self._control._post(part, "given to a worker")
-                except BaseException:
+            except BaseException:  # a Ctrl-C that was held back, too: nobody will have this object
+                if process.pid is not None:
                     process.kill()
-                    raise
+                    process._worker = None
+                raise
 
     # Messages
 

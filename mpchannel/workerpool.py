@@ -33,7 +33,7 @@ from typing import Any, Final, ParamSpec, TypeVar, final
 
 from . import _clone
 from ._claims import Claims
-from ._delivery import delivery_thread
+from ._delivery import delivery_thread, report
 from ._failure import Packed, unpack_error
 from ._stream import Stream
 from ._task import BROKEN, DONE, READY, REPORT, run_chunk, serve
@@ -52,6 +52,7 @@ AnyPort = MessagePort[Any, Any]
 
 _AHEAD: Final = 0.002  # seconds of work that a worker is given ahead
 _MOST_AHEAD: Final = 64  # calls
+_STILLBORN: Final = 3  # workers in a row that ended before they were ready: then the pool is broken
 _SMALL: Final = 16 * 1024  # bytes of a call that goes together with others
 _cancelling: Final = threading.Lock()
 
@@ -69,8 +70,7 @@ class PoolFuture(concurrent.futures.Future[T]):
         self._moves = isinstance(task, _clone.Pickled) and not all(each._shared for each in task.objects)
         """Whether its ports leave with the first try."""
         self._alone = not isinstance(task, bytes) or len(task) > _SMALL  # it goes by itself to a worker without a task
-        self._options = options
-        self._retries = options._retries
+        self._timeout, self._retries, self._on_progress = options._timeout, options._retries, options._on_progress
         self._seat: _Seat | None = None
         self._number = 0  # its worker's, for it
         self._cancelling = False
@@ -86,9 +86,12 @@ class PoolFuture(concurrent.futures.Future[T]):
         """Whether it is cancelled: ``False`` only if it was done before."""
         with _cancelling:
             first, self._cancelling = not self._cancelling, True
-        if first and super().cancel():
-            self.set_running_or_notify_cancel()
-            self._stop()
+        try:
+            if first and super().cancel():
+                self.set_running_or_notify_cancel()
+        finally:  # whatever callbacks raise
+            if self.cancelled():
+                self._stop()
         return self.cancelled() or not self.done()
 
     def _stop(self) -> None:
@@ -97,6 +100,23 @@ class PoolFuture(concurrent.futures.Future[T]):
         if pool is not None:
             pool._abandon(self)
         self._task = None
+
+    def result(self, timeout: float | None = None) -> T:
+        """As ``concurrent.futures.Future.result``. ``RuntimeError`` where it would wait for itself."""
+        self._check_waiting()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """As ``concurrent.futures.Future.exception``. ``RuntimeError`` where it would wait for itself."""
+        self._check_waiting()
+        return super().exception(timeout)
+
+    def _check_waiting(self) -> None:
+        if not self.done() and delivery_thread.here:
+            raise RuntimeError(
+                "this would wait for itself: results are heard in this thread, which runs callbacks of futures and "
+                "listeners; use add_done_callback, or another thread"
+            )
 
     def _settle(self, result: Any = None, error: BaseException | None = None) -> None:
         self._pool = self._task = None
@@ -107,6 +127,10 @@ class PoolFuture(concurrent.futures.Future[T]):
                 self.set_exception(error)
         except concurrent.futures.InvalidStateError:
             pass  # cancelled, or out of time, this very moment
+        except KeyboardInterrupt:
+            raise
+        except BaseException as escaped:  # of a callback; others wait for what comes behind this
+            report(escaped)
 
     def __await__(self) -> Generator[Any, None, T]:
         import asyncio
@@ -129,6 +153,7 @@ class _Seat:
         self.count = 0  # of calls that it was given and that were not taken back
         self.leaving = False  # it gets no more
         self.pace = _AHEAD  # seconds that a call takes here, of late
+        self.given: list[int] = []  # filled when the latest ones can be begun
         self._since = 0.0  # when the first became the first
 
     def listen(self) -> None:
@@ -154,14 +179,15 @@ class _Seat:
         numbers = range(self.number + 1, self.number + 1 + len(calls))
         self.number += len(calls)
         self.count += len(calls)
+        self.given = []
         first = not self.calls
         for number, call in zip(numbers, calls, strict=True):  # first of all: an answer may be here at once
             self.calls[number], call._seat, call._number = call, self, number
         try:
-            self.claims.give(numbers)
+            self.claims.give(numbers, self.given)
             port = self.worker._port
-            if calls[0]._alone:
-                given = port._post(calls[0]._task, "given to a worker") and port.post_message([(numbers[0], None)])
+            if calls[0]._alone:  # it is loaded once it has begun: it may be what ends the worker
+                given = port.post_message([(numbers[0], None)]) and self._post_alone(calls[0]._task)
             else:
                 given = port.post_message([(call._number, call._task) for call in calls])
         except Exception:
@@ -173,11 +199,30 @@ class _Seat:
             self.begin()
         return given
 
+    def _post_alone(self, task: Any) -> bool:
+        try:
+            return self.worker._port._post(task, "given to a worker")
+        except BaseException:
+            self.given.clear()
+            self.worker._port.post_message(())  # it comes in its place: there is nothing to do
+            raise
+
+    def recover(self, calls: list[PoolFuture[Any]]) -> list[PoolFuture[Any]]:
+        """A signal handler raised while *calls* were given: those, and others here, that have not begun."""
+        back = self.take_back()
+        for call in calls:
+            if call._seat is not self or (not self.given and self.calls.pop(call._number, None) is call):
+                call._seat = None
+                back.append(call)
+        return back
+
     def _withdraw(self, numbers: Iterable[int]) -> None:
         """They were not posted. (Their tokens stay there: nobody has a task of that number.)"""
         for number in numbers:
-            self.calls.pop(number)._seat = None
-            self.count -= 1
+            call = self.calls.pop(number, None)
+            if call is not None:
+                call._seat = None
+                self.count -= 1
 
     def take_back(self) -> list[PoolFuture[Any]]:
         """Those that have not begun, and now never will here."""
@@ -191,9 +236,9 @@ class _Seat:
         """The time of the first call begins, if the worker has begun itself."""
         call = self.first
         self._since = time.monotonic()
-        if self.ready and call is not None and call._options._timeout is not None:
+        if self.ready and call is not None and call._timeout is not None:
             expire = partial(_expire, weakref.ref(call), weakref.ref(self), call._number)
-            delivery_thread.call_later(call._options._timeout, expire)
+            delivery_thread.call_later(call._timeout, expire)
 
     def leave(self) -> None:
         self.leaving = True
@@ -204,12 +249,15 @@ class _Seat:
         del event
         if kind == REPORT:
             call = self.calls.get(number)
-            if call is not None and call._options._on_progress is not None and not call.done():
-                call._options._on_progress(*value)
+            if call is not None and call._on_progress is not None and not call.done():
+                call._on_progress(*value)
         elif kind == READY:
+            pool = self.pool()
             with self._locked():
                 self.ready = True
                 self.begin()
+                if pool is not None:
+                    pool._stillborn = 0
         elif kind == BROKEN:
             pool = self.pool()
             if pool is not None:
@@ -332,6 +380,7 @@ class WorkerPool(concurrent.futures.Executor):
         self._name = name
         self._numbers = count(1)
         self._lock = threading.RLock()
+        self._stillborn = 0  # workers that ended before they were ready, since one was
         self._waiting: deque[PoolFuture[Any]] = deque()
         self._seats: list[_Seat] = []
         self._idle: list[_Seat] = []
@@ -389,8 +438,13 @@ class WorkerPool(concurrent.futures.Executor):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """No more calls. Those that were submitted run to their end (with *cancel_futures*, only those that have
-        begun). *wait* until then, and until the workers have ended.
+        begun). *wait* until then, and until the workers have ended; ``RuntimeError`` where that would wait for itself.
         """
+        if wait and delivery_thread.here:
+            raise RuntimeError(
+                "shutdown() would wait for itself: results are heard in this thread, which runs callbacks of futures "
+                "and listeners; use shutdown(wait=False)"
+            )
         with self._lock:
             self._shut = True
             waiting = list(self._waiting) if cancel_futures else []
@@ -401,12 +455,16 @@ class WorkerPool(concurrent.futures.Executor):
             call.cancel()
         for seat in idle:
             seat.leave()
-        while wait and seats:
+        while wait:
             for seat in seats:
                 seat.worker.join()
             delivery_thread.catch_up()
             with self._lock:
                 seats = self._seats.copy()
+                if not seats and not self._starting and not self._waiting:
+                    return
+            if not seats:
+                time.sleep(0.001)  # another thread is about to start one
 
     def __repr__(self) -> str:
         with self._lock:
@@ -447,18 +505,25 @@ class WorkerPool(concurrent.futures.Executor):
         """While calls wait: have an idle worker take them, or a new one. Raises what starting one raises."""
         while True:
             with self._lock:
-                if not self._waiting or self._broken is not None:
+                if self._broken is not None and not any(each.ready for each in self._seats):
+                    break
+                if not self._waiting:
+                    while self._shut and self._idle:
+                        self._idle.pop().leave()
                     return
                 seat = self._idle.pop() if self._idle else None
                 if seat is None:
-                    if self._starting + sum(not each.leaving for each in self._seats) >= self._max_workers:
+                    staying = sum(not each.leaving for each in self._seats)
+                    if self._broken is not None or self._starting + staying >= self._max_workers:
                         return
                     self._starting += 1
             self._next(seat or self._start())
+        self._fail_waiting(None)
 
     def _start(self) -> _Seat:
         """A new worker. Not under ``lock``: a fork waits for the delivery thread, which may wait for that."""
         control, theirs = MessageChannel()
+        seat = None
         try:
             claims = Claims()
             args = (claims, theirs, self._initializer, self._initargs)
@@ -466,78 +531,93 @@ class WorkerPool(concurrent.futures.Executor):
             seat = _Seat(self, worker, claims, control)
             with self._lock:
                 self._seats.append(seat)
+            seat.listen()
         except BaseException:
             control.close()
+            if seat is not None:  # a signal handler
+                with self._lock:
+                    self._remove(seat)
+                seat.worker._signal(signal.SIGKILL)
             raise
         finally:
             with self._lock:
                 self._starting -= 1
-        seat.listen()
         return seat
 
     def _next(self, seat: _Seat) -> None:
         """*seat* has no call, or could have more: give it some that wait."""
         while True:
+            problem: BaseException | None = None
+            calls: list[PoolFuture[Any]] = []
             with self._lock:
-                if len(seat.calls) > seat.depth // 2:
+                if len(seat.calls) > seat.depth // 2 or (seat.calls and self._idle):
                     return
                 if not seat.calls and not self._waiting:
                     self._relieve()
-                spent = self._max_tasks is not None and seat.count >= self._max_tasks
-                if not seat.leaving and (spent or (self._shut and not self._waiting)):
+                if self._max_tasks is not None and seat.count >= self._max_tasks and not seat.leaving:
                     seat.leave()
                 if seat.leaving:
                     break
-                calls = self._pick(seat)
-                if not calls:
-                    if not seat.calls:
-                        self._idle.append(seat)
-                    return
-                problem = None
                 try:
-                    if not seat.give(calls):
+                    self._pick(seat, calls)
+                    if not calls:
+                        if self._shut and not self._waiting:
+                            seat.leave()
+                            break
+                        if not seat.calls:
+                            self._idle.append(seat)
+                        return
+                    if seat.give(calls):
+                        if self._waiting and self._idle:
+                            break  # what was taken back is for others
+                        return
+                    seat.leaving = True  # it died while it was idle, which is being told
+                    lost = [call for call in calls if call._moves]  # at most one
+                    if not lost:
                         self._waiting.extendleft(reversed(calls))
-                        seat.leaving = True  # it died while it was idle, which is being told
                         break
                 except Exception as error:  # it cannot be sent
                     problem = error
-                except BaseException:  # of a signal handler: who knows whether it was sent
-                    self._take_back(seat)
+                except BaseException:  # of a signal handler
+                    self._put_back(seat, [call for call in seat.recover(calls) if call not in self._waiting])
                     raise
-                else:
-                    if self._waiting and self._idle:
-                        break  # what was taken back is for others
-                    return
             for call in calls:
-                call._settle(error=problem)
+                call._settle(error=problem or _died(seat, call))
+            if problem is None:
+                break
         self._refill()
 
-    def _pick(self, seat: _Seat) -> list[PoolFuture[Any]]:
-        """The next calls for *seat*; a fair share of those that wait."""
+    def _pick(self, seat: _Seat, calls: list[PoolFuture[Any]]) -> None:
+        """Take the next calls for *seat*: a fair share of those that wait."""
         room = min(seat.depth - len(seat.calls), max(1, len(self._waiting) // len(self._seats)))
         if self._max_tasks is not None:
             room = min(room, self._max_tasks - seat.count)
-        calls: list[PoolFuture[Any]] = []
         while self._waiting and len(calls) < room:
             call = self._waiting[0]
-            if not call.done() and call._alone:
-                if not calls and not seat.calls:
-                    calls.append(self._waiting.popleft())
-                break
+            if call.done():  # cancelled
+                self._waiting.popleft()
+                continue
+            if call._alone and (calls or seat.calls):
+                return
+            calls.append(call)
             self._waiting.popleft()
-            if not call.done():  # cancelled
-                calls.append(call)
-        return calls
+            if call._alone:
+                return
 
     def _relieve(self) -> None:
         """Somebody has nothing to do: what waits behind a call of somebody else may wait for everybody."""
-        most = max(self._seats, key=lambda each: len(each.calls), default=None)
-        if most is not None and len(most.calls) > 1:
-            self._take_back(most)
+        for seat in sorted(self._seats, key=lambda each: -len(each.calls)):
+            if len(seat.calls) > 1:
+                self._take_back(seat)
+            if self._waiting:
+                return
 
     def _take_back(self, seat: _Seat) -> None:
         """What *seat* has not begun waits again, at the head. (``_fill`` is to follow, since it may be idle now.)"""
-        self._waiting.extendleft(call for call in reversed(seat.take_back()) if not call.done())
+        self._put_back(seat, seat.take_back())
+
+    def _put_back(self, seat: _Seat, calls: list[PoolFuture[Any]]) -> None:
+        self._waiting.extendleft(call for call in reversed(calls) if not call.done())
         if not seat.calls and not seat.leaving and seat not in self._idle:
             self._idle.append(seat)
 
@@ -546,6 +626,9 @@ class WorkerPool(concurrent.futures.Executor):
         try:
             self._fill()
         except Exception as error:  # a limit of the system: nobody can be told but those who wait
+            with self._lock:
+                if any(not each.leaving for each in self._seats):
+                    return  # others are there for them
             self._fail_waiting(error)
 
     def _remove(self, seat: _Seat) -> None:
@@ -585,13 +668,22 @@ class WorkerPool(concurrent.futures.Executor):
             seat.calls.clear()
         seat.claims.close()
         if not seat.ready and not left:
-            seat.worker.join(5)
-            error = seat.worker._what_escaped()
-            if error is not None and (seat.worker.exitcode or 0) >= 0:  # not if somebody killed it: that is no habit
-                self._break(error, None)
+            self._check_habit(seat)
+        self._refill()
         for call in lost:
             call._settle(error=_died(seat, call))
-        self._refill()
+
+    def _check_habit(self, seat: _Seat) -> None:
+        """A worker ended before it was ready: the next one may, too."""
+        worker = seat.worker
+        worker.join(5)
+        self._stillborn += 1
+        error = worker._what_escaped()
+        if (worker.exitcode or 0) >= 0 or self._stillborn >= _STILLBORN:  # not at once if somebody killed it
+            text = (
+                f"{worker.name} (pid {worker.pid}) ended, {_in_words(worker.exitcode)}, before it was ready for calls"
+            )
+            self._break(error or WorkerStartError(text), None)
 
     def _break(self, error: BaseException, packed: Packed | None) -> None:
         """Workers cannot begin: a new one would not either."""
@@ -602,6 +694,7 @@ class WorkerPool(concurrent.futures.Executor):
             for seat in self._seats:
                 if not seat.ready:
                     calls += seat.calls.values()
+                    seat.take_back()
                     seat.calls.clear()
                     seat.leave()
         for call in calls:
@@ -688,7 +781,7 @@ def _expire(reference: weakref.ref[PoolFuture[Any]], giver: weakref.ref[_Seat], 
     if call is None or seat is None or call._seat is not seat or call._number != number or call.done():
         return
     pool = call._pool
-    call._settle(error=TimeoutError(f"{_describe(call)} did not end in {call._options._timeout} s, and is stopped"))
+    call._settle(error=TimeoutError(f"{_describe(call)} did not end in {call._timeout} s, and is stopped"))
     if pool is not None:
         pool._abandon(call)
 
