@@ -486,13 +486,13 @@ class WorkerPool(concurrent.futures.Executor):
         for place, each in enumerate(moving.objects):
             each._check_movable(f"port {place} in the arguments")
         call: PoolFuture[Any] = PoolFuture(self, name or fn, task, options)
-        with self._lock:
-            if self._broken is not None:
-                raise self._why_broken()
-            if self._shut:
-                raise RuntimeError("cannot submit: this pool was shut down")
-            self._waiting.append(call)
         try:
+            with self._lock:
+                if self._broken is not None:
+                    raise self._why_broken()
+                if self._shut:
+                    raise RuntimeError("cannot submit: this pool was shut down")
+                self._waiting.append(call)
             self._fill()
         except BaseException:  # no worker could be started
             with self._lock:
@@ -511,29 +511,37 @@ class WorkerPool(concurrent.futures.Executor):
                     while self._shut and self._idle:
                         self._idle.pop().leave()
                     return
-                seat = self._idle.pop() if self._idle else None
-                if seat is None:
-                    staying = sum(not each.leaving for each in self._seats)
-                    if self._broken is not None or self._starting + staying >= self._max_workers:
-                        return
-                    self._starting += 1
-            self._next(seat or self._start())
+                seat = self._idle[-1] if self._idle else None
+                staying = sum(not each.leaving for each in self._seats)
+                if seat is None and (self._broken is not None or self._starting + staying >= self._max_workers):
+                    return
+            seat = seat or self._start()
+            if seat is not None:
+                self._next(seat)
         self._fail_waiting(None)
 
-    def _start(self) -> _Seat:
-        """A new worker. Not under ``lock``: a fork waits for the delivery thread, which may wait for that."""
+    def _start(self) -> _Seat | None:
+        """A new worker; ``None`` if another thread was faster. Not under ``lock``: a fork waits for the delivery
+        thread, which may wait for that.
+        """
         control, theirs = MessageChannel()
         seat = None
+        counted = 0
         try:
+            with self._lock:
+                if self._starting + sum(not each.leaving for each in self._seats) >= self._max_workers:
+                    return None
+                counted = 1
+                self._starting += counted
             claims = Claims()
             args = (claims, theirs, self._initializer, self._initargs)
             worker = Worker(serve, *args, name=f"{self._name}-{next(self._numbers)}", context=self._context)
             seat = _Seat(self, worker, claims, control)
             with self._lock:
                 self._seats.append(seat)
+                self._idle.append(seat)
             seat.listen()
         except BaseException:
-            control.close()
             if seat is not None:  # a signal handler
                 with self._lock:
                     self._remove(seat)
@@ -541,7 +549,9 @@ class WorkerPool(concurrent.futures.Executor):
             raise
         finally:
             with self._lock:
-                self._starting -= 1
+                self._starting -= counted
+            if seat is None:
+                control.close()
         return seat
 
     def _next(self, seat: _Seat) -> None:
@@ -550,25 +560,23 @@ class WorkerPool(concurrent.futures.Executor):
             problem: BaseException | None = None
             calls: list[PoolFuture[Any]] = []
             with self._lock:
-                if len(seat.calls) > seat.depth // 2 or (seat.calls and self._idle):
-                    return
-                if not seat.calls and not self._waiting:
-                    self._relieve()
-                if self._max_tasks is not None and seat.count >= self._max_tasks and not seat.leaving:
-                    seat.leave()
-                if seat.leaving:
-                    break
                 try:
+                    if len(seat.calls) > seat.depth // 2 or (seat.calls and self._idle):
+                        return
+                    if not seat.calls and not self._waiting:
+                        self._relieve()
+                    if self._max_tasks is not None and seat.count >= self._max_tasks and not seat.leaving:
+                        seat.leave()
+                    if seat.leaving:
+                        break
                     self._pick(seat, calls)
                     if not calls:
                         if self._shut and not self._waiting:
                             seat.leave()
                             break
-                        if not seat.calls:
-                            self._idle.append(seat)
                         return
                     if seat.give(calls):
-                        if self._waiting and self._idle:
+                        if self._waiting and len(self._idle) > (seat in self._idle):
                             break  # what was taken back is for others
                         return
                     seat.leaving = True  # it died while it was idle, which is being told
@@ -579,8 +587,10 @@ class WorkerPool(concurrent.futures.Executor):
                 except Exception as error:  # it cannot be sent
                     problem = error
                 except BaseException:  # of a signal handler
-                    self._put_back(seat, [call for call in seat.recover(calls) if call not in self._waiting])
+                    self._put_back([call for call in seat.recover(calls) if call not in self._waiting])
                     raise
+                finally:
+                    self._note(seat)
             for call in calls:
                 call._settle(error=problem or _died(seat, call))
             if problem is None:
@@ -614,12 +624,19 @@ class WorkerPool(concurrent.futures.Executor):
 
     def _take_back(self, seat: _Seat) -> None:
         """What *seat* has not begun waits again, at the head. (``_fill`` is to follow, since it may be idle now.)"""
-        self._put_back(seat, seat.take_back())
+        self._put_back(seat.take_back())
+        self._note(seat)
 
-    def _put_back(self, seat: _Seat, calls: list[PoolFuture[Any]]) -> None:
+    def _put_back(self, calls: list[PoolFuture[Any]]) -> None:
         self._waiting.extendleft(call for call in reversed(calls) if not call.done())
-        if not seat.calls and not seat.leaving and seat not in self._idle:
+
+    def _note(self, seat: _Seat) -> None:
+        """Whether *seat* is idle may have changed."""
+        idle = not seat.calls and not seat.leaving and seat in self._seats
+        if idle and seat not in self._idle:
             self._idle.append(seat)
+        elif not idle and seat in self._idle:
+            self._idle.remove(seat)
 
     def _refill(self) -> None:
         """A worker has gone: another one, if calls wait for it."""

@@ -159,3 +159,47 @@ def wait_at_gate(gate: str) -> str:
     with open(gate) as file:
         file.read()
     return "through"
+
+
+class WhenLoaded:
+    """Large enough to go by itself; does something where it is loaded."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __reduce__(self) -> Any:
+        return _when_loaded, (self.what, bytes(100_000))
+
+
+def _when_loaded(what: str, _: bytes) -> None:
+    if what == "die":
+        os._exit(9)
+    while what == "spin":
+        pass
+
+
+def fail_in_the_second(path: str) -> None:
+    """An initializer."""
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        raise LookupError("no second one") from None
+
+
+def echo_unloadable(count: int) -> Iterator[Any]:
+    for number in range(count):
+        yield NotLoadable() if number % 2 else number
+
+
+class NotLoadable:
+    def __reduce__(self) -> Any:
+        return _fail_to_load, ()
+
+
+def _fail_to_load() -> None:
+    raise LookupError("it cannot be loaded here")
+
+
+def raise_port_closed(count: int) -> Iterator[int]:
+    yield from range(count)
+    raise mpchannel.PortClosedError("of the generator")

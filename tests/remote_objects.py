@@ -81,6 +81,9 @@ class Store:
     def call_kept(self, *args: Any) -> Any:
         return self.kept(*args)
 
+    def call_with_unloadable(self, callback: Any) -> Any:
+        return callback(NotLoadable())
+
     def release_kept(self) -> None:
         mpchannel.release(self.kept)
 

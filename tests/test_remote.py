@@ -394,15 +394,41 @@ def test_bad_use_is_refused(here: Any) -> None:
             mpchannel.wrap(moved)
 
 
-def test_a_call_that_would_wait_for_itself_is_refused() -> None:
+def test_an_object_of_this_very_thread_is_called_while_it_waits() -> None:
     async def main() -> None:
         near, far = mpchannel.MessageChannel()
         with near, mpchannel.wrap(far) as proxy:
-            mpchannel.expose(objects.Store(), near)
-            with pytest.raises(RuntimeError, match="would wait for itself"):
-                proxy.put("a", 1)
+            mpchannel.expose(objects.AsyncStore(), near)
+            assert proxy.put("a", 1) == 1
+            with pytest.raises(TypeError, match="needs an asyncio loop"):
+                proxy.later(1)  # the loop stands still meanwhile
 
     asyncio.run(main())
+
+
+def test_circles_of_calls_do_not_wait_for_themselves(context: Any) -> None:
+    with served(context) as (_, store):
+        calls: list[Any] = []
+        # A function that uses the proxy it was given to; and one that was kept, called while a listener waits.
+        assert store.work(2, lambda done, total: store.put("n", done) or total) == [1, 2]
+        store.keep(lambda value: calls.append(value) or len(calls))
+        near, far = mpchannel.MessageChannel()
+        done = threading.Event()
+        near.on("message", lambda event: (calls.append(store.call_kept(event.data)), done.set()))
+        near.start()
+        far.post_message("x")
+        assert done.wait(20)
+        assert calls == ["x", 1]
+        near.close()
+        far.close()
+
+
+def test_a_function_whose_arguments_cannot_be_loaded_fails_there(context: Any) -> None:
+    with served(context) as (_, store):
+        for _ in range(3):
+            with pytest.raises(LookupError, match="it cannot be loaded here"):
+                store.call_with_unloadable(lambda value: value)
+            assert store.own_pid() != os.getpid()
 
 
 # asyncio

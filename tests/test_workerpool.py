@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import mpchannel
-from mpchannel import WorkerDied, WorkerPool, WorkerStartError, workerpool
+from mpchannel import PortClosedError, WorkerDied, WorkerPool, WorkerStartError, workerpool
 from mpchannel._claims import Claims
 
 from . import pool_tasks as tasks
@@ -444,6 +444,154 @@ def test_each_claim_goes_to_one_side(context: Any) -> None:
     assert back.union(begun) == set(range(1, count + 1))
     assert back
     assert begun
+
+
+# What is lost, and what is not, when things go wrong
+
+
+def test_an_argument_that_ends_the_worker_where_it_is_loaded_fails_its_call(context: Any) -> None:
+    with WorkerPool(1, context=context) as pool:
+        call = pool.submit(len, tasks.WhenLoaded("die"))  # type: ignore[arg-type]
+        following = pool.submit(tasks.square, 3)
+        with pytest.raises(WorkerDied, match="exit code 9, during the call of len"):
+            call.result(20)
+        assert following.result(20) == 9
+
+
+def test_an_argument_whose_loading_does_not_end_is_stopped(context: Any) -> None:
+    with WorkerPool(1, context=context, grace=0.05) as pool:
+        pool.submit(tasks.square, 1).result(20)
+        call = pool.options(timeout=0.2).submit(id, tasks.WhenLoaded("spin"))
+        following = pool.submit(tasks.square, 3)
+        with pytest.raises(TimeoutError, match="the call of id"):
+            call.result(20)
+        assert following.result(20) == 9
+
+
+@pytest.mark.parametrize(("number", "workers"), [(7, 1), (-9, 3)])
+def test_workers_that_end_before_they_are_ready_are_not_tried_for_ever(context: Any, number: int, workers: int) -> None:
+    initializer = os._exit if number > 0 else tasks.die
+    with WorkerPool(1, context=context, initializer=initializer, initargs=(abs(number),)) as pool:
+        call = pool.submit(tasks.square, 3)
+        how = "exit code 7" if number > 0 else "killed by SIGKILL"
+        with pytest.raises(WorkerStartError, match=f"Pool-{workers} .*ended, {how}, before it was ready"):
+            call.result(20)
+
+
+def test_a_broken_pool_settles_calls_that_come_back(context: Any, tmp_path: Path) -> None:
+    with WorkerPool(2, context=context, initializer=tasks.fail_in_the_second, initargs=(str(tmp_path / "x"),)) as pool:
+        gate = str(tmp_path / "gate")
+        os.mkfifo(gate)
+        call = pool.options(retries=1).submit(tasks.wait_at_gate, gate)
+        with open(gate, "w"):  # waits until it has begun
+            second = pool.submit(tasks.square, 3)
+            with pytest.raises(WorkerStartError, match="no second one"):
+                second.result(20)
+            os.kill(call._seat.worker.pid, signal.SIGKILL)  # type: ignore[union-attr]
+            with pytest.raises(WorkerStartError, match="no second one"):
+                call.result(20)
+
+
+def test_shutdown_ends_although_calls_are_cancelled_meanwhile(context: Any) -> None:
+    mine, theirs = mpchannel.MessageChannel()
+    pool = WorkerPool(1, context=context)
+    call = pool.submit(tasks.hold, theirs)
+    mine.recv(20)
+    waiting = [pool.submit(tasks.square, number) for number in range(3)]
+    cancelling = threading.Event()
+
+    def slow(_: Any) -> None:
+        cancelling.set()
+        mine.post_message("go on")
+        call.result(20)
+
+    waiting[0].add_done_callback(slow)  # the call ends while those that wait are being cancelled
+    pool.shutdown(cancel_futures=True)
+    assert cancelling.is_set()
+    assert all(future.cancelled() for future in waiting)
+    mine.close()
+
+
+def test_what_would_wait_for_itself_is_refused(context: Any) -> None:
+    mine, theirs = mpchannel.MessageChannel()
+    with WorkerPool(2, context=context) as pool, mine:
+        held = pool.submit(tasks.hold, theirs)
+        mine.recv(20)
+        heard: list[BaseException] = []
+        done = threading.Event()
+
+        def wait(_: Any) -> None:
+            for use in (held.result, held.exception, pool.shutdown):
+                try:
+                    use()
+                except RuntimeError as error:
+                    heard.append(error)
+            done.set()
+
+        gates_, theirs2 = mpchannel.MessageChannel()
+        other = pool.submit(tasks.hold, theirs2)
+        other.add_done_callback(wait)
+        gates_.recv(20)
+        gates_.post_message("go on")
+        assert done.wait(20)
+        assert len(heard) == 3
+        assert all("would wait for itself" in str(error) for error in heard)
+        mine.post_message("go on")
+        held.result(20)
+        gates_.close()
+
+
+def test_exceptions_of_signal_handlers_cost_no_call_but_the_one_that_is_submitted(context: Any) -> None:
+    class Tick(BaseException):
+        pass
+
+    armed = False
+
+    def tick(*_: Any) -> None:
+        nonlocal armed
+        if armed:
+            armed = False
+            raise Tick
+
+    before = signal.signal(signal.SIGALRM, tick)
+    dice = random.Random(0)
+    hits = 0
+    try:
+        with WorkerPool(1, context=context) as pool:
+            pool.submit(tasks.square, 1).result(20)
+            kept = []
+            for number in range(1500):
+                try:
+                    armed = True
+                    signal.setitimer(signal.ITIMER_REAL, dice.uniform(5e-6, 120e-6))
+                    kept.append((number, pool.submit(tasks.square, number)))
+                    armed = False
+                except Tick:
+                    hits += 1
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                if number % 5 == 0:
+                    assert pool.submit(tasks.square, 5).result(20) == 25
+            assert all(future.result(20) == number * number for number, future in kept)
+            assert hits
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_stream_goes_on_behind_values_that_cannot_be_loaded(context: Any) -> None:
+    with WorkerPool(1, context=context) as pool:
+        values, bad = [], 0
+        stream = pool.stream(tasks.echo_unloadable, 400)
+        while True:
+            try:
+                values.append(next(stream))
+            except mpchannel.MessageError:
+                bad += 1
+            except StopIteration:
+                break
+        assert (values, bad) == (list(range(0, 400, 2)), 200)
+        with pytest.raises(PortClosedError, match="of the generator"):
+            list(pool.stream(tasks.raise_port_closed, 3))
 
 
 # Streams
