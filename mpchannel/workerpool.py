@@ -211,8 +211,11 @@ class _Seat:
         """A signal handler raised while *calls* were given: those, and others here, that have not begun."""
         back = self.take_back()
         for call in calls:
-            if call._seat is not self or (not self.given and self.calls.pop(call._number, None) is call):
+            if call._seat is self and not self.given:  # nobody can begin it
+                self.calls.pop(call._number, None)
+                self.count -= 1
                 call._seat = None
+            if call._seat is None and call not in back:
                 back.append(call)
         return back
 
