@@ -12,16 +12,30 @@ That it can neither shrink nor grow is sealed, so no holder can make another one
 from __future__ import annotations
 
 import math
-import mmap
 import multiprocessing.reduction
 import struct
 import sys
 import threading
-from typing import Any, Final, NoReturn, Self, SupportsIndex, cast
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, SupportsIndex, cast
 
 from ._clone import Departure, Entry, Transferable, register
-from ._kernel import SEAL_GROW, SEAL_SHRINK, Descriptors, Memory, explain
+from ._kernel import SEAL_GROW, SEAL_SHRINK, Descriptors, Memory, explain, require
 from .errors import BufferInUseError, DataCloneError
+
+if TYPE_CHECKING:
+    import mmap
+
+    _Mapping = mmap.mmap
+else:
+    try:
+        import mmap
+
+        _Mapping = mmap.mmap
+    except ImportError:  # not on every system: require() says so when one is to be made
+
+        class _Mapping:
+            __slots__ = ()
+
 
 __all__ = ["SharedBuffer"]
 
@@ -29,7 +43,7 @@ _SEALS: Final = SEAL_SHRINK | SEAL_GROW
 _LUGGAGE: Final = struct.Struct("<Q?")  # bytes, whether it is read-only
 
 
-class SharedBuffer(mmap.mmap, Transferable):
+class SharedBuffer(_Mapping, Transferable):
     """*nbytes* of zeroed memory that can be shared with other processes, and moved to them.
 
     It has the buffer protocol: ``memoryview(buffer)``, ``numpy.frombuffer``; ``buffer[i]`` is a byte, ``buffer[i:j]`` a
@@ -37,7 +51,8 @@ class SharedBuffer(mmap.mmap, Transferable):
     *shared*: both sides see each other's changes at once, and are to agree on who writes when, by messages for example.
     Listed in ``transfer`` it *moves*: this object is detached, no byte is copied.
 
-    Raises ``ValueError`` for a size below 1, ``MemoryError`` if the system has not that much, ``OSError`` at a limit.
+    Raises ``ValueError`` for a size below 1, ``MemoryError`` if the system has not that much, ``OSError`` at a limit,
+    ``NotImplementedError`` on a system without the kernel features that it needs.
     Moving or closing it while views of it are alive (slices, memoryviews, arrays) raises ``BufferError``, and nothing
     happened. It is never copied: ``bytes(buffer)`` copies what is in it.
     """
@@ -60,6 +75,7 @@ class SharedBuffer(mmap.mmap, Transferable):
             raise TypeError(f"nbytes must be an int, not {nbytes!r}") from None
         if size < 1:
             raise ValueError(f"nbytes must be 1 or more, not {size}")
+        require()
         memory = Memory.create()
         memory.allocate(size)
         memory.seal(_SEALS)
