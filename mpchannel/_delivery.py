@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 from . import _link
 from ._kernel import Bell, Socket, explain
+from ._recycle import give_back, on_first
 
 if TYPE_CHECKING:
     import asyncio
@@ -246,6 +247,10 @@ class _DeliveryThread:
             done.wait(timeout)
 
     @property
+    def running(self) -> bool:
+        return self._thread is not None
+
+    @property
     def stopped(self) -> bool:
         return self._stopping
 
@@ -455,6 +460,24 @@ def loop_home(loop: asyncio.AbstractEventLoop) -> _LoopHome:
                 del _loops[each]
         _loops[loop] = found = _LoopHome(loop)
     return found
+
+
+# Memory that is not used again
+
+
+def _give_back_in_time() -> None:
+    """Where this process waits anyway, have it look at the memory of large messages. No thread is started for it."""
+    if running_loop() is not None or delivery_thread.running:
+        _give_back(home())
+
+
+def _give_back(place: Home) -> None:
+    due = give_back()
+    if due is not None:
+        place.call_later(due, partial(_give_back, place))
+
+
+on_first.append(_give_back_in_time)
 
 
 # Fork and exit

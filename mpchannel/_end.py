@@ -22,7 +22,6 @@ from ._kernel import (
     SEAL_SHRINK,
     SEND_NOW,
     Bell,
-    Memory,
     Socket,
     enclose,
     explain,
@@ -35,6 +34,7 @@ from ._kernel import (
     widen,
 )
 from ._overflow import Outbox
+from ._recycle import fill, give_back
 from ._wire import (
     ANNOUNCE,
     ANNOUNCEMENT,
@@ -55,9 +55,14 @@ BUFFER: Final = INLINE_MAX + 64
 _ROOM_TRIES: Final = 20  # times to ask for room before opening an overflow file, which costs about 40 us
 _ROOM_PATIENCE: Final = 0.005  # seconds after which no further try is made
 _ROOM_WAIT: Final = 1  # ms to wait for a receiver that was seen to take something
-_BODIES_QUEUED: Final = 16 * 2 * 768
-"""Unread bytes in the socket from which on large bodies go to the overflow file: no more than some 16 of them may wait
-in memory of their own, as the descriptors that a user has in flight are limited (each body: two packets of 768)."""
+_BODY_PACKETS: Final = 2 * 768  # bytes that the socket counts for a body in memory of its own: two packets
+_BODIES_MOST: Final = 16  # that may wait so, as the descriptors that a user has in flight are limited; then: overflow
+_BODIES_FEW: Final = 2
+_BODIES_CACHED: Final = 2 << 20  # bytes of bodies that are better queued than waited for
+_BODY_PATIENCE: Final = 0.25e-3 / (1 << 20)  # seconds for each byte
+_BODY_PATIENCE_MOST: Final = 0.025
+_BODY_LOOK: Final = 0.002  # seconds in which a receiver that is at work takes something
+_BODY_PAUSE: Final = 50e-6
 _NO_ROOM: Final = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EMSGSIZE)
 
 GONE: Final = (BrokenPipeError, ConnectionResetError)
@@ -240,16 +245,9 @@ class SocketEnd:
         for _ in range(tries):
             try:
                 if size > INLINE_MAX and memory is None:
-                    if queued(sock) >= _BODIES_QUEUED:
-                        self._waiting = True
-                        os.sched_yield()
-                        self._waiting = False
-                        if time.perf_counter() > until:
-                            return False
-                        continue
-                    memory = Memory.create()
-                    memory.write(parts)
-                    memory.seal(SEAL_SHRINK)
+                    if not self._room_for_body(sock, size, wait=tries > 1):
+                        return False
+                    memory = fill(parts, size)
                     parts, numbers, flags = (), (memory.fileno(), *numbers), flags | BODY_IN_MEMORY
                 if numbers:
                     self._send_described(sock, (CARRIER_HEAD.pack(CARRIER, flags, count, size), *parts), numbers, sent)
@@ -271,6 +269,26 @@ class SocketEnd:
             if in_vain or time.perf_counter() > until:
                 return False
         return False
+
+    def _room_for_body(self, sock: Socket, size: int, *, wait: bool) -> bool:
+        """Whether one more body may be queued in memory of its own.
+
+        Waits for the receiver, if that is at work, no longer than the body would take in fresh memory: what he gives
+        back has its pages, and those of the last few bodies are still in a cache.
+        """
+        few = _BODY_PACKETS * min(_BODIES_MOST, max(_BODIES_FEW, _BODIES_CACHED // size))
+        waiting = queued(sock)
+        if waiting >= few and wait:
+            now = time.perf_counter()
+            until, look = now + min(_BODY_PATIENCE * size, _BODY_PATIENCE_MOST), now + _BODY_LOOK
+            self._waiting = True
+            while waiting >= few and now < until and now < look:
+                time.sleep(_BODY_PAUSE)
+                now, before, waiting = time.perf_counter(), waiting, queued(sock)
+                if waiting < before:
+                    look = now + _BODY_LOOK
+            self._waiting = False
+        return waiting < _BODY_PACKETS * _BODIES_MOST
 
     def _send_described(
         self, sock: Socket, parts: Sequence[Any], numbers: Sequence[int], sent: list[int] | None
@@ -390,6 +408,9 @@ class SocketEnd:
             seconds = deadline - time.monotonic()
             if seconds <= 0:
                 return False
+        due = give_back()
+        if due is not None:
+            seconds = due if seconds is None else min(seconds, due)
         try:
             bell = Bell()
         except OSError as error:

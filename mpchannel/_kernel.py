@@ -23,7 +23,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, repeat, tee
 from operator import attrgetter, call, itemgetter, methodcaller
@@ -108,7 +108,7 @@ def explain(error: OSError, doing: str) -> OSError:
         finally:
             del error  # a frame that holds what it raises is a cycle
     if error.errno == errno.EMFILE:
-        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        soft = descriptor_limit()
         text = (
             f"cannot {doing}: this process has {_count_descriptors(soft)} descriptors open and may have {soft} "
             "(RLIMIT_NOFILE, `ulimit -n`); close some or raise the limit"
@@ -116,7 +116,7 @@ def explain(error: OSError, doing: str) -> OSError:
     elif error.errno == errno.ENFILE:
         text = f"cannot {doing}: the system's table of open files is full (fs.file-max)"
     elif error.errno == errno.ETOOMANYREFS:
-        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        soft = descriptor_limit()
         text = (
             f"cannot {doing}: this user has more than {soft} descriptors in flight, sent and not yet received "
             "(RLIMIT_NOFILE bounds these too); let receivers catch up or raise the limit"
@@ -128,6 +128,11 @@ def explain(error: OSError, doing: str) -> OSError:
     explained = OSError(error.errno, text)
     explained.__cause__ = error
     return explained
+
+
+def descriptor_limit() -> int:
+    """How many descriptors this process may have."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def _count_descriptors(limit: int) -> int:
@@ -677,16 +682,40 @@ class Memory(_File):
                 raise MemoryError(f"the system has no {size:,} bytes: {error.strerror}") from error
             raise explain(error, "allocate memory") from error
 
-    def for_reading(self) -> Memory:
-        """The same memory by a descriptor that is open for reading only. Raises ``OSError``."""
+    def reopened(self, *, readonly: bool = False) -> Memory:
+        """The same memory as another open file: with a position, and rights, of its own. Raises ``OSError``."""
         try:
             path = f"/proc/self/fd/{self._number}"
             with crossing:
-                return Memory(map(os.open, (path,), (os.O_RDONLY | os.O_CLOEXEC,)))
+                return Memory(map(os.open, (path,), ((os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC,)))
         except OSError as error:
-            raise explain(error, "open memory for reading") from error
+            raise explain(error, "open memory once more") from error
 
-    def write(self, parts: Sequence[Any]) -> None:
+    def expect_leases(self) -> None:
+        """Before ``only_holder``: whoever opens it at the instant of a lease has the kernel send a signal here. Let it
+        be one that does nothing (SIGIO ends a process).
+        """
+        fcntl.fcntl(self._number, fcntl.F_SETSIG, _MARK)
+
+    @property
+    def only_holder(self) -> bool:
+        """Whether no other open file of it is left: in no process, mapping or packet.
+
+        Only of what is ``reopened``, and one thread at a time. (The kernel grants a write lease to the last open file
+        alone; since Linux 5.3 it counts them. What ``memfd_create`` opened does not count.)
+        """
+        try:
+            fcntl.fcntl(self._number, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        except OSError:
+            return False  # somebody has it; or there are no leases here, and nobody can know
+        fcntl.fcntl(self._number, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        return True
+
+    def resize(self, size: int) -> None:
+        """As many bytes, zeros, whose pages come when they are used."""
+        os.ftruncate(self._number, size)
+
+    def write(self, parts: Iterable[Any]) -> None:
         """Fill it with all *parts*. Raises ``OSError``."""
         at = 0
         for pieces in _in_portions(parts):
@@ -737,12 +766,14 @@ class Memory(_File):
     def map(self, size: int) -> mmap.mmap | bytearray:
         """The first *size* bytes as memory of this process, writable. Only safe once it cannot shrink.
 
-        A copy of them, where a mapping needs a descriptor (up to Python 3.12) and there is none left.
+        A copy of them, where a mapping needs a descriptor (up to Python 3.12) and there is none left. (Populated: one
+        by one, the page faults would cost more than the whole.)
         """
+        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
         if sys.version_info >= (3, 13):
-            return mmap.mmap(self._number, size, trackfd=False)
+            return mmap.mmap(self._number, size, flags, trackfd=False)
         try:
-            return mmap.mmap(self._number, size)
+            return mmap.mmap(self._number, size, flags)
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
@@ -801,7 +832,7 @@ def _available_memory() -> int | None:
         return None
 
 
-def _in_portions(parts: Sequence[Any]) -> list[list[memoryview]]:
+def _in_portions(parts: Iterable[Any]) -> list[list[memoryview]]:
     """*parts* as pieces for one call each: at most 1,024 of them (IOV_MAX), together less than 2 GiB."""
     portions: list[list[memoryview]] = [[]]
     room, limit = ONE_CALL_PIECES, ONE_CALL_BYTES
@@ -835,6 +866,7 @@ def _first_memory_flags() -> int:
 _memory_flags = _first_memory_flags()
 SEAL_SHRINK: Final[int] = getattr(fcntl, "F_SEAL_SHRINK", 0)
 SEAL_GROW: Final[int] = getattr(fcntl, "F_SEAL_GROW", 0)
+SEAL_SEAL: Final[int] = getattr(fcntl, "F_SEAL_SEAL", 0)
 PAGE: Final[int] = getattr(mmap, "PAGESIZE", 4096)
 
 

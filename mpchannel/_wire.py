@@ -41,7 +41,7 @@ packets put back."""
 REASONS: Final = ("closed", "collected", "exited", "died", "undeliverable")
 
 _WHY_MAX: Final = 1 << 15  # bytes; of a traceback, the end matters
-_MAP_FROM: Final = 1 << 20  # below, reading costs less than mapping and its page faults
+_MAP_FROM: Final = 1 << 17  # below, reading costs less than mapping and its page faults
 
 
 class End(NamedTuple):

@@ -32,6 +32,7 @@ from . import _clone, _delivery, _kernel
 from ._clone import Departure
 from ._given import AnyPort, connections_in_use, given_ports
 from ._link import Link, begin_in_child, open_links
+from ._recycle import give_back
 from ._shared import SharedEnd, open_shared_ends
 from ._wire import bounce, lose
 from .port import MessagePort
@@ -272,6 +273,7 @@ def _after_fork_in_child() -> None:
     _kept_by_fork.clear()
     _starts.clear()
     _delivery.after_fork_in_child()
+    give_back(all_of_it=True)
     _sort_out(begin_in_child(), given)
     for end in open_shared_ends():
         if id(end) in kept:

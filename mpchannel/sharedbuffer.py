@@ -11,6 +11,7 @@ That it can neither shrink nor grow is sealed, so no holder can make another one
 
 from __future__ import annotations
 
+import errno
 import math
 import multiprocessing.reduction
 import struct
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, SupportsIndex, cas
 
 from ._clone import Departure, Entry, Transferable, register
 from ._kernel import SEAL_GROW, SEAL_SHRINK, Descriptors, Memory, explain, require
+from ._recycle import zeros
 from .errors import BufferInUseError, DataCloneError
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ else:
 __all__ = ["SharedBuffer"]
 
 _SEALS: Final = SEAL_SHRINK | SEAL_GROW
+_MADV_POPULATE_READ: Final = 22
+_POPULATED: Final = 64 << 20  # bytes up to which an array is taken to be used as a whole
 _LUGGAGE: Final = struct.Struct("<Q?")  # bytes, whether it is read-only
 
 
@@ -57,7 +61,7 @@ class SharedBuffer(_Mapping, Transferable):
     happened. It is never copied: ``bytes(buffer)`` copies what is in it.
     """
 
-    __slots__ = ("_departure", "_lock", "_memory", "_readonly")
+    __slots__ = ("_departure", "_lock", "_memory", "_populated", "_readonly")
 
     _code = 4
     _in_ports = False
@@ -65,6 +69,7 @@ class SharedBuffer(_Mapping, Transferable):
 
     _memory: Memory
     _readonly: bool
+    _populated: bool
     _departure: Departure | None
     _lock: threading.RLock  # type: ignore[valid-type,unused-ignore]
 
@@ -76,21 +81,20 @@ class SharedBuffer(_Mapping, Transferable):
         if size < 1:
             raise ValueError(f"nbytes must be 1 or more, not {size}")
         require()
-        memory = Memory.create()
-        memory.allocate(size)
-        memory.seal(_SEALS)
-        return cls._of(memory, size, readonly=False)
+        return cls._of(zeros(size), size, readonly=False, fill=True)
 
     @classmethod
-    def _of(cls, memory: Memory, size: int, *, readonly: bool) -> Self:
-        access = mmap.ACCESS_READ if readonly else mmap.ACCESS_WRITE
+    def _of(cls, memory: Memory, size: int, *, readonly: bool, fill: bool = False) -> Self:
+        """*fill*: it will be written to, so have all of its pages mapped at once."""
+        flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if fill else 0)
+        rights = mmap.PROT_READ | (0 if readonly else mmap.PROT_WRITE)
         options: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
         try:
-            buffer = super().__new__(cls, memory.fileno(), size, access=access, **options)
+            buffer = super().__new__(cls, memory.fileno(), size, flags, rights, **options)
         except OSError as error:  # up to Python 3.12 a mapping has a descriptor of its own
             raise explain(error, "map memory") from error
         buffer._memory, buffer._readonly, buffer._departure = memory, readonly, None
-        buffer._lock = threading.RLock()
+        buffer._lock, buffer._populated = threading.RLock(), fill
         return buffer
 
     @classmethod
@@ -111,6 +115,8 @@ class SharedBuffer(_Mapping, Transferable):
         """
         import numpy
 
+        if not self._populated and len(self) <= _POPULATED:
+            self._populate()
         if shape is None:
             return numpy.frombuffer(self, dtype)
         count = shape.__index__() if hasattr(shape, "__index__") else math.prod(shape)
@@ -121,7 +127,7 @@ class SharedBuffer(_Mapping, Transferable):
         descriptor that travels is open for reading only.
         """
         self._check_usable("this")
-        return self._of(self._memory.for_reading(), len(self), readonly=True)
+        return self._of(self._memory.reopened(readonly=True), len(self), readonly=True)
 
     @property
     def readonly(self) -> bool:
@@ -161,6 +167,15 @@ class SharedBuffer(_Mapping, Transferable):
         if self.closed:
             return "<SharedBuffer, closed>"
         return f"<SharedBuffer of {len(self):,} bytes{', read-only' if self._readonly else ''}>"
+
+    def _populate(self) -> None:
+        """Have all of its pages mapped at once, rather than by a page fault each."""
+        self._populated = True
+        try:
+            self.madvise(_MADV_POPULATE_READ)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # Linux before 5.14
+                raise
 
     def _check_usable(self, name: str) -> None:
         if self._departure is not None:

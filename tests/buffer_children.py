@@ -64,3 +64,24 @@ def in_process(buffer: Any, port: Any) -> None:
     """As an argument of a process."""
     buffer[0] = 42
     port.post_message(len(buffer))
+
+
+def say_sum_when_asked(port: Any, array: Any) -> None:
+    port.recv()
+    port.post_message(int(array.sum()))
+
+
+def drop_and_hold(port: Any, how: str) -> None:
+    """Answer arrays with their sum, dropping them before; hold the one behind "hold this" until "end" comes."""
+    while True:
+        message = port.recv()
+        if isinstance(message, str):
+            break
+        total = int(message.sum())
+        del message
+        port.post_message(total)
+    held = port.recv()
+    port.post_message(f"held {len(held)}")
+    port.recv()
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -144,6 +144,8 @@ def main() -> int:
         for name, text in bad.items():
             print(f"--- {method}: {name}\n{text}")
         print(f"{method}: {len(ours['passed'])} passed, {len(bad)} failed, {len(ours['skipped'])} skipped")
+        if not ours["passed"] and not bad:
+            parser.error(f"no test ran: is there a class whose name has one of {options.names} in it?")
         worse += len(bad)
     return min(worse, 1)
 
