@@ -45,7 +45,7 @@ _ENTRY: Final = struct.Struct("<BII")  # code, descriptors, bytes
 _SIZE: Final = struct.Struct("<Q")
 _ALIGN: Final = 64
 _OUT_OF_BAND: Final = 64 * 1024  # buffers from here on are not copied into the pickle; smaller ones are cheaper in it
-_KEEP_BELOW: Final = 1 << 20  # a pickler that made more keeps buffers of that size: drop it
+_KEEP_BELOW: Final = 1 << 18  # bytes; a pickler that made more may have a large memo, and keep its memory: drop it
 
 
 class Pickled(NamedTuple):
@@ -377,12 +377,16 @@ def pack(message: Any, moving: Moving | None = None) -> bytes | Pickled:
     packer.clear()
     if len(packer.chunks) == 1 and not packer.buffers:
         data: bytes = packer.chunks.pop()
-        if len(data) < _KEEP_BELOW:
-            _free.append(packer)
+        _free.append(packer)
         if moving is None or not moving.objects:
             return data
         return Pickled((data,), (), moving.objects)
-    return Pickled(packer.chunks, packer.buffers, moving.objects if moving else ())
+    pickled = Pickled(packer.chunks.copy(), packer.buffers.copy(), moving.objects if moving else ())
+    packer.chunks.clear()
+    packer.buffers.clear()
+    if sum(map(len, pickled.chunks)) < _KEEP_BELOW:
+        _free.append(packer)
+    return pickled
 
 
 def _dump(packer: _Packer, message: Any, moving: Moving) -> None:

@@ -187,6 +187,8 @@ class SocketEnd:
 
         *sent* is filled as soon as the packet is queued, even if a signal handler raises right then.
         """
+        if size <= INLINE_MAX and not numbers and sent is None and self._post_at_once(parts):
+            return True
         with self.sending:
             sock = self._sock
             if sock is None:
@@ -218,6 +220,22 @@ class SocketEnd:
             except OSError as error:
                 with_them = f" and {count} descriptors" if count else ""
                 raise explain(error, f"post a message of {size} bytes{with_them}") from error
+
+    def _post_at_once(self, parts: Sequence[Any]) -> bool:
+        """As ``post`` does it, without the lock: ``False`` if there is no room, or no end."""
+        sock = self._sock
+        if sock is None or self._outbox is not None:
+            return False
+        try:
+            sock.sendmsg(parts, (), SEND_NOW)
+        except OSError as error:
+            if error.errno not in _NO_ROOM and not isinstance(error, GONE):
+                raise
+            return False
+        if self._outbox is not None:
+            with self.sending:
+                self._leave_outbox()
+        return True
 
     def _refuse_post(self) -> bool:
         try:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from mpchannel.demo import offload
+from mpchannel import MessageChannel, SharedBuffer
+from mpchannel.demo import frames, offload
 from mpchannel.demo.search import Found, Progress, search, text_files
 
 COMMAND = (sys.executable, "-m", "mpchannel", "demo")
@@ -418,6 +419,87 @@ def test_ctrl_c_ends_stream_at_once_and_quietly(elsewhere: Path, start_method: s
 def test_ctrl_c_ends_offload_at_once_and_quietly(elsewhere: Path, start_method: str) -> None:
     with running(elsewhere, "offload", "--start-method", start_method) as process:
         read_until(process, "0 of ")  # the first line of progress: workers are at work
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors) == (130, "\ninterrupted\n")
+
+
+FRAMES = 60
+
+
+def test_frames_come_through_right_and_without_faults_once_warm(elsewhere: Path, start_method: str) -> None:
+    process = demo(elsewhere, "frames", "--frames", str(FRAMES), "--plot", "at.svg", "--start-method", start_method)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.stderr == ""
+    table = rows(process.stdout)
+    for role in ("camera", "filter", "checker"):
+        _, came, rate, _, _, warm, *memory = table[role]
+        assert came == str(FRAMES)
+        assert float(rate) > 0
+        assert float(warm) < 1
+        assert all(0 < float(each) < 1000 for each in memory)
+    assert process.stdout.endswith(f"{FRAMES} frames came, in order: yes; wrong: 0\n")
+    assert f"over time: {elsewhere / 'at.svg'}\n" in process.stdout
+    assert b"<svg" in (elsewhere / "at.svg").read_bytes()
+
+
+def test_frames_finds_a_pixel_that_is_wrong() -> None:
+    right, (port, _) = frames.make_check(), MessageChannel()
+    meter = frames.Meter(port)
+    pixels = SharedBuffer(frames.SIZE)
+    frames.paint(pixels, frames.make_scene(), 300, meter)
+    assert not right(frames.Frame(300, pixels), meter)  # it was not inverted
+    frames.invert(pixels, meter)
+    assert right(frames.Frame(300, pixels), meter)
+    pixels[frames.SIZE - 1] ^= 1
+    assert not right(frames.Frame(300, pixels), meter)
+
+
+def test_frames_without_the_filter_end_and_say_why(elsewhere: Path) -> None:
+    with running(elsewhere, "frames", "--frames", "1000000") as process:
+        assert process.stdout is not None
+        told = ""
+        while not told.startswith("processes"):
+            told = process.stdout.readline()
+        read_until(process, "frames")  # the first line of progress
+        killed = re.search(r"filter (\d+)", told)
+        assert killed is not None
+        os.kill(int(killed[1]), signal.SIGKILL)
+        output, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors) == (1, "")
+        assert re.search(rf"filter, process {killed[1]}: .* died", output)
+        assert "in order: NO" in output
+
+
+def test_frames_draws_nothing_without_matplotlib(elsewhere: Path) -> None:
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; from mpchannel.__main__ import main; "
+        "sys.exit(main(['demo', 'frames', '--frames', '2']))"
+    )
+    process = subprocess.run([sys.executable, "-c", code], cwd=elsewhere, capture_output=True, text=True, timeout=100)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "no plot, as Matplotlib is not installed" in process.stdout
+    assert os.listdir(elsewhere) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--frames", "0"), "--frames must be at least 1, not 0"),
+        (("--plot", "missing/plot.png"), "--plot: cannot write to folder"),
+        (("--plot", "plot.tiger"), "--plot: .tiger is no kind of picture that Matplotlib writes: "),
+    ],
+)
+def test_bad_input_of_frames_is_one_line(arguments: tuple[str, ...], words: str, elsewhere: Path) -> None:
+    process = demo(elsewhere, "frames", *arguments)
+    assert process.returncode == 1
+    assert process.stderr.startswith(f"error: {words}")
+    assert process.stderr.count("\n") == 1
+
+
+def test_ctrl_c_ends_frames_at_once_and_quietly(elsewhere: Path, start_method: str) -> None:
+    with running(elsewhere, "frames", "--frames", "1000000", "--start-method", start_method) as process:
+        read_until(process, "processes")
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=60)
         assert (process.returncode, errors) == (130, "\ninterrupted\n")

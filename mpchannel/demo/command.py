@@ -8,7 +8,7 @@ import re
 import sys
 import sysconfig
 
-from . import channel, offload, stream, worker, worlds
+from . import channel, frames, offload, stream, worker, worlds
 from .search import text_files
 
 DESCRIPTION = """\
@@ -22,6 +22,8 @@ worlds   main hands a port to code it shares nothing with, through a preload
 offload  a pool of workers digests the files of a folder, with a bar for each
          call; a worker is killed half way, its call is done again by a fresh
          one, and the result is compared with what one process finds
+frames   1080p video passes through three processes without being copied: made,
+         filtered, checked; frames/s, page faults and memory go into a plot
 """
 
 
@@ -29,7 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = DESCRIPTION
     parser.add_argument(
-        "name", nargs="?", choices=("channel", "worker", "stream", "worlds", "offload"), default="worker", help="which"
+        "name",
+        nargs="?",
+        choices=("channel", "worker", "stream", "worlds", "offload", "frames"),
+        default="worker",
+        help="which",
     )
     parser.add_argument(
         "--path",
@@ -47,6 +53,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--streams", metavar="N", type=int, default=24, help="stream: how many streams (default: 24)")
     parser.add_argument("--workers", metavar="N", type=int, default=2, help="offload: how many workers (default: 2)")
     parser.add_argument(
+        "--frames",
+        metavar="N",
+        type=int,
+        default=frames.FRAMES,
+        help=f"frames: how many frames (default: {frames.FRAMES:,})",
+    )
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        default=frames.PLOT,
+        help=f"frames: the picture to write, PNG, SVG or PDF (default: {frames.PLOT})",
+    )
+    parser.add_argument(
         "--start-method",
         choices=("fork", "spawn", "forkserver"),
         help="how processes are started (default: multiprocessing's default)",
@@ -63,6 +82,8 @@ def run(options: argparse.Namespace) -> int:
     if problem:
         print(f"error: {problem}", file=sys.stderr)
         return 1
+    if options.name == "frames":
+        return frames.run(options.frames, options.plot, options.start_method)
     if options.name == "offload":
         return offload.run(options.path, options.workers, options.start_method)
     if options.name == "worker":
@@ -72,6 +93,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def problem_of(options: argparse.Namespace) -> str | None:
+    if options.name == "frames":
+        return frames.problem_of(options.frames, options.plot)
     if not os.path.isdir(options.path):
         return f"not a folder: {options.path}"
     if options.name == "offload":
