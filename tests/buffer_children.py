@@ -85,3 +85,58 @@ def drop_and_hold(port: Any, how: str) -> None:
     port.recv()
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+# Of test_large
+
+
+def flip_and_return(port: Any) -> None:
+    """Give each message back, its first and last byte changed."""
+    for message in port:
+        kind = type(message)
+        if kind is bytes:
+            # (Joined: one copy, and the message itself is gone before the next one is made.)
+            message = b"".join((b"first", memoryview(message)[5:-4], b"last"))
+        else:
+            message[0], message[-1] = 1, 2
+        port.post_message(message)
+        del message
+
+
+def post_for_ever(port: Any, size: int) -> None:
+    """Arrays and buffers in turn, never more than two ahead of the receiver."""
+    import numpy
+
+    import mpchannel
+
+    array, number = numpy.zeros(size, numpy.uint8), 0
+    while True:
+        array[:] = number % 251
+        buffer = mpchannel.SharedBuffer(size)
+        buffer[0] = buffer[size - 1] = number % 251
+        port.post_message((number, array, buffer), transfer=[buffer])
+        number += 1
+        if number > 2:
+            port.recv()
+
+
+def take_for_ever(port: Any, told: Any) -> None:
+    """Tell *told* of each message that came whole, and end with an assertion for one that did not."""
+    for number, array, buffer in port:
+        assert (array == number % 251).all()
+        assert buffer[0] == buffer[len(buffer) - 1] == number % 251
+        port.post_message(number)
+        told.post_message(number)
+
+
+def memory_of_a_post(port: Any, size: int) -> None:
+    """Post an array; tell by how many bytes this process grew, and what waits in the channel."""
+    import resource
+
+    import numpy
+
+    array = numpy.ones(size // 8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    port.post_message(array)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    port.post_message((grown, port.buffered_amount))

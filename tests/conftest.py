@@ -6,6 +6,7 @@ imports the module of its target, and should not import pytest for that.
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import multiprocessing
 import multiprocessing.forkserver
@@ -42,6 +43,16 @@ def start_method(request: pytest.FixtureRequest) -> str:
 def context(start_method: str) -> Any:
     """mpchannel's context of each start method: ``context.Process``."""
     return mpchannel.get_context(start_method)
+
+
+@pytest.fixture
+def memory_to_itself(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No other test that has this fixture runs at the same time, in any of pytest-xdist's workers: for tests that need
+    much memory, or look at how much the whole system uses.
+    """
+    with open(tmp_path_factory.getbasetemp().parent / "memory.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture
