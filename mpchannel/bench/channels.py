@@ -24,6 +24,7 @@ from ..context import get_context
 from ..demo.children import Children
 from ..demo.progress import ProgressLine
 from ..demo.table import print_table
+from ..sharedbuffer import SharedBuffer
 from .figures import HIGHER, LOWER, BenchError, has_numpy, print_surroundings, result_of, significant
 
 
@@ -97,9 +98,12 @@ def array_100_mib() -> Any:
     return numpy.arange((100 << 20) // 8, dtype=numpy.float64)
 
 
-def touch_each_page(message: Any) -> None:
+def use_all_of(message: Any) -> None:
     """What is mapped but was never looked at has not arrived yet."""
-    memoryview(message).cast("B")[::4096].tobytes()
+    if isinstance(message, bytearray):
+        memoryview(message)[::4096].tobytes()
+    else:
+        message.sum()
 
 
 # Scenarios
@@ -130,7 +134,7 @@ def round_trip(make: Callable[[], Any], pinned: bool = False) -> Run:
     return run
 
 
-def one_way(make: Callable[[], Any], touch: bool = False) -> Run:
+def one_way(make: Callable[[], Any]) -> Run:
     """Messages per second, from the first send until the receiver has confirmed the last one."""
 
     def run(side: Side) -> Figure:
@@ -139,9 +143,7 @@ def one_way(make: Callable[[], Any], touch: bool = False) -> Run:
         if not side.near:
             for count in batches:
                 for _ in range(count):
-                    message = recv()
-                    if touch:
-                        touch_each_page(message)
+                    recv()
                 send("all received")
             return None
         message = make()
@@ -154,6 +156,63 @@ def one_way(make: Callable[[], Any], touch: bool = False) -> Run:
         return side.times / seconds
 
     return run
+
+
+def used(make: Callable[[], Any], first_only: bool = False) -> Run:
+    """Messages per second that are received and used, never more than two ahead of the receiver, until the last one
+    was. *first_only*: of the first one alone, which nothing was made ready for.
+    """
+
+    def run(side: Side) -> Figure:
+        send, recv = side.send, side.recv
+        warm_up, count = (0, 1) if first_only else (3, side.times)
+        if not side.near:
+            use_all_of(make())  # so that all that this needs is loaded
+            send("ready")
+            for _ in range(warm_up + count):
+                message = recv()
+                use_all_of(message)
+                del message
+                send("used")
+            return None
+        message = make()
+        recv()
+        for batch in (warm_up, count):
+            start = time.perf_counter()
+            for number in range(batch):
+                if number >= 2:
+                    recv()
+                send(message)
+            for _ in range(min(2, batch)):
+                recv()
+            seconds = time.perf_counter() - start
+        return count / seconds
+
+    return run
+
+
+def move_buffer(side: Side) -> Figure:
+    """Microseconds from moving a buffer that was filled until its receiver has read its first byte."""
+    warm_up = 5
+    if not side.near:
+        for _ in range(warm_up + side.times):
+            buffer = side.recv()
+            buffer[0] = (buffer[0] + 1) % 256
+            side.end.post_message(buffer, transfer=[buffer])
+        return None
+    buffer = SharedBuffer(1 << 30)
+    for start in range(0, len(buffer), 1 << 20):
+        buffer[start : start + (1 << 20)] = b"\x01" * (1 << 20)
+    begin = 0.0
+    for number in range(warm_up + side.times):
+        if number == warm_up:
+            begin = time.perf_counter()
+        first = buffer[0]
+        side.end.post_message(buffer, transfer=[buffer])
+        buffer = side.recv()
+        if buffer[0] != (first + 1) % 256:
+            raise BenchError("the buffer came back without the change")
+    return (time.perf_counter() - begin) / (2 * side.times) * 1e6
 
 
 def burst(drained: bool) -> Run:
@@ -235,6 +294,7 @@ class Scenario(NamedTuple):
     better: str
     times: int  # repetitions in one run, at scale 1
     run: Run
+    pipe_can: bool = True
 
 
 SCENARIOS = (
@@ -244,7 +304,9 @@ SCENARIOS = (
     Scenario("one way, 1 KiB", "msg/s", HIGHER, 100_000, one_way(bytes_of(1 << 10))),
     Scenario("one way, 64 KiB", "msg/s", HIGHER, 20_000, one_way(bytes_of(64 << 10))),
     Scenario("one way, 1 MiB", "msg/s", HIGHER, 1_000, one_way(bytes_of(1 << 20))),
-    Scenario("one way, 100 MiB array", "msg/s", HIGHER, 5, one_way(array_100_mib, touch=True)),
+    Scenario("100 MiB array, summed", "msg/s", HIGHER, 20, used(array_100_mib)),
+    Scenario("100 MiB array, the first one", "msg/s", HIGHER, 1, used(array_100_mib, first_only=True)),
+    Scenario("move a SharedBuffer of 1 GiB", "us", LOWER, 100, move_buffer, pipe_can=False),
     Scenario("burst of {times:,}, posted", "msg/s", HIGHER, 100_000, burst(drained=False)),
     Scenario("burst of {times:,}, and read", "msg/s", HIGHER, 100_000, burst(drained=True)),
     Scenario("create, hand over, use, close", "us", LOWER, 300, hand_over),
@@ -295,7 +357,7 @@ def measure(rounds: int, scale: float) -> list[dict[str, Any]]:
             "unit": scenario.unit,
             "better": scenario.better,
             "times": times[place],
-            "figures": {kind.name: [] for kind in KINDS},
+            "figures": {kind.name: [] for kind in KINDS if scenario.pipe_can or kind is not KINDS[0]},
         }
         for place, scenario in enumerate(SCENARIOS)
     ]
@@ -304,6 +366,8 @@ def measure(rounds: int, scale: float) -> list[dict[str, Any]]:
         for place, row in enumerate(rows):
             for kind in order:
                 name = KINDS[kind].name
+                if name not in row["figures"]:
+                    continue
                 line.show(f"round {number + 1} of {rounds}: {row['scenario']}, {name}")
                 try:
                     row["figures"][name].append(run_once(place, kind, times[place]))
@@ -328,17 +392,20 @@ def print_figures(rows: Sequence[dict[str, Any]]) -> None:
     """The medians, and how they compare."""
     table = []
     for row in rows:
-        pipe, ours = (typical(row["figures"][kind.name]) for kind in KINDS)
+        pipe, ours = (typical(row["figures"].get(kind.name, ())) for kind in KINDS)
         ratio = significant(ours / pipe) if isinstance(pipe, float) and isinstance(ours, float) else "-"
         table.append([row["scenario"], row["unit"], shown(pipe), shown(ours), ratio, row["better"]])
     print_table(("medians", "unit", *(kind.name for kind in KINDS), "ratio", "better"), table)
     print("ratio: mpchannel's median divided by Pipe's. better: whether a lower or a")
     print("higher figure, and so ratio, is the better one. stuck: messages until the next")
-    print("send would have waited for a receiver that has not begun to read")
+    print("send would have waited for a receiver that has not begun to read. move: until")
+    print("its new holder has read the first byte")
 
 
 def typical(figures: Sequence[Any]) -> Any:
-    """The median, or how many messages it got to before it was stuck."""
+    """The median, or how many messages it got to before it was stuck; ``None`` if there is no such thing."""
+    if not figures:
+        return None
     numbers = [each for each in figures if isinstance(each, float)]
     return (
         statistics.median(numbers)
@@ -348,4 +415,6 @@ def typical(figures: Sequence[Any]) -> Any:
 
 
 def shown(figure: Any) -> str:
+    if figure is None:
+        return "-"
     return significant(figure) if isinstance(figure, float) else f"stuck at {figure:,}"
