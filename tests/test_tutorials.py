@@ -142,7 +142,11 @@ def test_a_tutorial_carries_no_trace_of_a_machine(path: Path) -> None:
     assert dict(notebook.metadata.language_info) == {"name": "python"}
     assert not [cell.id for cell in notebook.cells if "execution" in cell.metadata]  # time stamps
     everything = [cell.source for cell in notebook.cells]
-    everything += [str(output) for cell in code_cells(notebook) for output in cell.outputs]
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            if "image/png" in output.get("data", ()):  # in base64, which has anything in it
+                output = {**output, "data": {**output.data, "image/png": "..."}}
+            everything.append(str(output))
     paths = re.findall(r"(?<![\w.:/<])/(?:[\w.-]+/)+[\w.-]*", "\n".join(everything))
-    # Jupyter's name for a cell, the same on every machine but for its numbers.
-    assert not [path for path in paths if not path.startswith("/tmp/ipykernel_")]
+    # Jupyter's name for a cell, the same on every machine but for its numbers; and what every Linux has.
+    assert not [path for path in paths if not path.startswith(("/tmp/ipykernel_", "/proc/self/", "/dev/shm"))]
