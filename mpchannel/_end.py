@@ -53,6 +53,7 @@ INLINE_MAX: Final = 160 * 1024
 socket costs a quarter of one through fresh memory: 11 against 74 us for 128 KiB."""
 BUFFER: Final = INLINE_MAX + 64
 _ROOM_TRIES: Final = 20  # times to ask for room before opening an overflow file, which costs about 40 us
+_ROOM_TRY: Final = 256  # bytes for each further try: a large packet takes him longer, and costs more in a file
 _ROOM_PATIENCE: Final = 0.005  # seconds after which no further try is made
 _ROOM_WAIT: Final = 1  # ms to wait for a receiver that was seen to take something
 _BODY_PACKETS: Final = 2 * 768  # bytes that the socket counts for a body in memory of its own: two packets
@@ -258,7 +259,7 @@ class SocketEnd:
         memory = None
         # On a busy machine every yield takes milliseconds: no second wait after one that a signal handler ended, or
         # signals that come often would keep the thread here for ever.
-        tries, self._waiting = 1 if self._waiting else _ROOM_TRIES, False
+        tries, self._waiting = 1 if self._waiting else _ROOM_TRIES + min(size, INLINE_MAX) // _ROOM_TRY, False
         until = time.perf_counter() + _ROOM_PATIENCE
         for _ in range(tries):
             try:

@@ -172,8 +172,8 @@ def used(make: Callable[[], Any], first_only: bool = False) -> Run:
             for _ in range(warm_up + count):
                 message = recv()
                 use_all_of(message)
-                del message
                 send("used")
+                del message
             return None
         message = make()
         recv()

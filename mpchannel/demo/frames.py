@@ -156,6 +156,7 @@ class Meter:
         self._frames = 0
         self._faults = 0
         self._due = 0.0
+        self.tell()
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -305,8 +306,7 @@ def write_plot(stages: Sequence[Stage], start: float, path: str) -> None:
     rates.set_ylabel("frames/s")
     rates.set_ylim(bottom=0)
     faults.set_ylabel("page faults per frame")
-    faults.set_yscale("symlog", linthresh=1)
-    faults.set_ylim(bottom=0)
+    faults.set_ylim(0, max(1.0, faults.get_ylim()[1]))
     sizes.set_ylabel("memory in MB")
     sizes.set_ylim(bottom=0)
     sizes.set_xlabel("seconds")
