@@ -4,6 +4,7 @@ errors, events          what goes wrong; event classes and the listener table
 _kernel                 the operating system
 _overflow, _end, _link  how packets travel; _shared: on ends that several processes hold
 _recycle                memory of large messages, used again
+_slots                  memory for those of middling size, that both ends share
 _clone                  messages <-> packets
 _delivery               who runs listeners
 port, channel           MessagePort, MessageChannel

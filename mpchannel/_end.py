@@ -14,7 +14,7 @@ import threading
 import time
 from _thread import _count as other_threads
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from ._kernel import (
     MAX_DESCRIPTORS,
@@ -35,6 +35,7 @@ from ._kernel import (
 )
 from ._overflow import Outbox
 from ._recycle import fill, give_back
+from ._slots import Slots
 from ._wire import (
     ANNOUNCE,
     ANNOUNCEMENT,
@@ -52,6 +53,10 @@ INLINE_MAX: Final = 160 * 1024
 """Largest packet sent through the socket itself (its usual limit is 212,960 bytes). Up to there a copy through the
 socket costs a quarter of one through fresh memory: 11 against 74 us for 128 KiB."""
 BUFFER: Final = INLINE_MAX + 64
+SLOT_FROM: Final = 48 * 1024
+"""Smallest packet that goes through a slot."""
+_SLOT_TRIES: Final = 64
+_SLOTS_AFTER: Final = 4  # such packets before there are slots
 _ROOM_TRIES: Final = 20  # times to ask for room before opening an overflow file, which costs about 40 us
 _ROOM_TRY: Final = 256  # bytes for each further try: a large packet takes him longer, and costs more in a file
 _ROOM_PATIENCE: Final = 0.005  # seconds after which no further try is made
@@ -98,10 +103,12 @@ class SocketEnd:
     __slots__ = (
         "_bells",
         "_bodies",
+        "_middling",
         "_outbox",
         "_owes",
         "_recv_into",
         "_send",
+        "_slots",
         "_sock",
         "_timed",
         "_waiting",
@@ -111,6 +118,8 @@ class SocketEnd:
         "sending",
         "slow",
     )
+
+    _has_slots: ClassVar[bool] = False
 
     def __init__(self, sock: Socket, peer_pid: int | None = None) -> None:
         """The socket is set by who inherits from this, once all else is there."""
@@ -123,6 +132,8 @@ class SocketEnd:
         self._outbox: Outbox | None = None
         self._owes = False  # a heads-up was sent whose packet is still to be sent
         self._bodies = 0  # bytes of bodies sent in memory since the queue was last seen empty
+        self._slots: Slots | None = None
+        self._middling = 0  # packets that could have gone through a slot, while there was none
         self._bells: list[Bell] = []
         self.slow = False  # take with care: something is there that is no bare pickle in the socket
         self.hot = False  # the last message came quickly
@@ -163,7 +174,7 @@ class SocketEnd:
                 raise explain(error, f"post a message of {len(data)} bytes") from error
             if appended:
                 return True
-        elif len(data) <= INLINE_MAX:
+        elif len(data) < SLOT_FROM:
             # Without the lock, which would be a tenth of the whole cost.
             try:
                 self._send(data, SEND_NOW)
@@ -188,7 +199,7 @@ class SocketEnd:
 
         *sent* is filled as soon as the packet is queued, even if a signal handler raises right then.
         """
-        if size <= INLINE_MAX and not numbers and sent is None and self._post_at_once(parts):
+        if size <= INLINE_MAX and not numbers and sent is None and self._post_at_once(parts, size):
             return True
         with self.sending:
             sock = self._sock
@@ -222,11 +233,13 @@ class SocketEnd:
                 with_them = f" and {count} descriptors" if count else ""
                 raise explain(error, f"post a message of {size} bytes{with_them}") from error
 
-    def _post_at_once(self, parts: Sequence[Any]) -> bool:
-        """As ``post`` does it, without the lock: ``False`` if there is no room, or no end."""
+    def _post_at_once(self, parts: Sequence[Any], size: int) -> bool:
+        """As ``post`` does it, or through a slot: ``False`` if there is no room, or no end."""
         sock = self._sock
         if sock is None or self._outbox is not None:
             return False
+        if size >= SLOT_FROM and self._has_slots and self._post_by_slot(sock, parts, size):
+            return True
         try:
             sock.sendmsg(parts, (), SEND_NOW)
         except OSError as error:
@@ -237,6 +250,49 @@ class SocketEnd:
             with self.sending:
                 self._leave_outbox()
         return True
+
+    def _post_by_slot(self, sock: Socket, parts: Sequence[Any], size: int) -> bool:
+        """``False`` if that cannot be now."""
+        with self.sending:
+            slots = self._slots
+            if slots is None:
+                self._middling += 1
+                if self._middling % _SLOTS_AFTER:
+                    return False
+                slots = self._slots = Slots.create()
+            if slots is None:
+                return False
+            slot, tries = slots.claim(), 0
+            while slot is None and tries < _SLOT_TRIES:  # the receiver is at work: it will be a few microseconds
+                os.sched_yield()
+                slot, tries = slots.claim(), tries + 1
+            if slot is None:
+                if not queued(sock):
+                    self._slots = None  # lost: whoever took their packets was interrupted. There will be others
+                return False
+            if self._outbox is not None:
+                slots.free(slot)
+                return False
+            sent: list[int] = []
+            try:
+                head = slots.fill(slot, parts, size)
+                if slots.announced:
+                    sent.extend(map(sock.send, (head,), (SEND_NOW,)))
+                else:
+                    self._send_described(sock, (head,), (slots.memory.fileno(),), sent)
+            except OSError as error:
+                if error.errno not in (*_NO_ROOM, errno.ETOOMANYREFS) and not isinstance(error, GONE):
+                    raise
+            finally:
+                # Statements: an exception of a signal handler may come behind the call that sends, and none from here.
+                if sent:
+                    slots.announced = True
+                else:
+                    slots.free(slot)
+            self._bodies += size if sent else 0
+            if sent and self._outbox is not None:
+                self._leave_outbox()  # one that a signal handler opened in between: this packet is behind it
+            return bool(sent)
 
     def _refuse_post(self) -> bool:
         try:

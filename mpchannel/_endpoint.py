@@ -31,7 +31,7 @@ from typing import Any, Final, NoReturn, Self
 from ._clone import Departure, Entry, Transferable, loads, message_error, unpack
 from ._delivery import TURNS, Home, home, loop_home
 from ._end import Buffer, Hand, Taken, spare_buffers
-from ._kernel import Bell, Descriptors, Socket, exit_code
+from ._kernel import Bell, Descriptors, Memory, Socket, exit_code
 from ._link import Link, Loan, rest_if_ending
 from ._wire import End, Parcel
 from .errors import ChannelError, DataCloneError, MessageError, PortClosedError
@@ -532,8 +532,8 @@ class Endpoint(EventTarget, Transferable):
         return [(id(link), 0, link.receiving), (id(link), 1, link.sending)]
 
     def _pack_up(self) -> Entry:
-        luggage, sock = self._link.pack_up()
-        return Entry(self._code, luggage, (sock.fileno(),))
+        luggage, *owners = self._link.pack_up()
+        return Entry(self._code, luggage, [each.fileno() for each in owners if each is not None])
 
     def _left(self, departure: Departure, pid: int | None, *, lost: bool = False, tell: bool = False) -> None:
         """This port was moved away; *lost*: to where nobody will receive it. *tell* the other end who holds it now."""
@@ -551,26 +551,26 @@ class Endpoint(EventTarget, Transferable):
 
     @classmethod
     def _arrive(cls, luggage: memoryview | bytes, descriptors: Descriptors) -> Self:
-        return cls._of(Link.unpack(descriptors.claim_socket(), luggage))
+        return cls._of(Link.unpack(descriptors.claim_socket(), luggage, descriptors.claim_memory))
 
     def _undelivered(self) -> None:
         self._left(Departure("lost with a message that could not be loaded"), None, lost=True)
 
     # Crossing into a process
 
-    def _lend(self, loan: Loan) -> tuple[bytes, Socket]:
+    def _lend(self, loan: Loan) -> tuple[bytes, Socket, Memory | None]:
         """A process is being started that this port is given to. Take nothing until that succeeded or failed.
 
-        The socket is to be held until then: it must not close, even if the port does.
+        Socket and memory are to be held until then: they must not close, even if the port does.
         """
         link = self._link
         with link.receiving, link.sending:
             self._check_movable("the argument")
-            luggage, sock = link.pack_up()
+            packed = link.pack_up()
             link.lend(loan)
         with self.lock:
             self._watch()
-        return luggage, sock
+        return packed
 
     def _given_back(self) -> None:
         """The start failed: nothing happened. Takes no lock: it may be a finaliser that tells."""

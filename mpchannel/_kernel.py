@@ -173,15 +173,17 @@ class _Entry(NamedTuple):
 _sockets: dict[int, _Entry] = {}
 
 
-def close_inherited(kept: set[Socket]) -> None:
+def close_inherited(kept: set[Socket], memory: set[Memory]) -> None:
     """In a forked child: close what nobody here would. (It is held by frames of threads that are not here.)"""
-    for owner, unowned in list(loose.values()):
+    for key, (owner, unowned) in list(loose.items()):
         each = owner()
+        if each in memory:
+            continue
         if each is not None:
             each.close()
         else:
             deque(map(os.close, unowned), 0)
-    loose.clear()
+        del loose[key]
     numbers = {sock.fileno() for sock in kept}
     for number, (reference, identity) in list(_sockets.items()):
         if number in numbers:
@@ -762,6 +764,15 @@ class Memory(_File):
                 return data
             done += got
         return data
+
+    def read_at(self, at: int, into: memoryview) -> None:
+        """Fill *into* with what is at offset *at*, where there is enough."""
+        while into.nbytes:
+            done = os.preadv(self._number, (into,), at)
+            at, into = at + done, into[done:]
+
+    def write_at(self, at: int, data: bytes) -> None:
+        os.pwrite(self._number, data, at)
 
     def map(self, size: int) -> mmap.mmap | bytearray:
         """The first *size* bytes as memory of this process, writable. Only safe once it cannot shrink.

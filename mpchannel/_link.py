@@ -28,6 +28,7 @@ from ._kernel import (
     NOW,
     PEEK,
     Descriptors,
+    Memory,
     Socket,
     hung_up,
     receive_with,
@@ -38,6 +39,7 @@ from ._kernel import (
     taking_off,
 )
 from ._overflow import Inbox
+from ._slots import HEAD, SLOT, Slab
 from ._wire import (
     ANNOUNCE,
     CARRIER,
@@ -45,9 +47,11 @@ from ._wire import (
     HANDOFF,
     HEADS_UP,
     HELD,
+    OWES,
     PICKLE,
     PROCESS,
     REASONS,
+    SLOTS,
     End,
     Parcel,
     bounce,
@@ -58,6 +62,7 @@ from ._wire import (
 from .errors import DataCloneError, PortClosedError
 
 _LOAN_LOOK: Final = 0.02  # seconds between two looks whether the start of a process that a link is lent to has failed
+_GARBAGE: Final = 0xFF  # the kind of a packet that will not load
 _SMALL: Final = 4096  # larger packets cost less in the socket than in the overflow file, which needs fresh pages
 # Every open link of this process, by id(). With its socket: what is referred to from here is not finalised with the
 # garbage a link may be part of, so the link can still say goodbye.
@@ -132,6 +137,7 @@ class Link(SocketEnd):
         "_expected",
         "_inbox",
         "_looks",
+        "_slab",
         "_taking",
         "channel",
         "dropped",
@@ -142,6 +148,8 @@ class Link(SocketEnd):
         "watchers",
     )
 
+    _has_slots = True
+
     def __init__(self, sock: Socket, channel: bytes, side: int, peer_pid: int | None, expected: int = 0) -> None:
         super().__init__(sock, peer_pid)  # without the socket itself, until all is there: see __del__
         self.channel = channel  # 12 bytes, the same at both ends and nowhere else
@@ -151,6 +159,7 @@ class Link(SocketEnd):
         self.twin: weakref.ref[Link] | None = None  # the other end, as long as neither has moved
         self.watchers: tuple[Watcher, ...] = ()
         self._expected = expected  # heads-ups taken whose packet is still to come
+        self._slab: Slab | None = None  # where the bytes of SLOT packets are
         self.slow = bool(expected)  # take with care: something below is set
         self.dropped: tuple[Hand, ...] = ()
         self._looks = 0  # how often the next packet was looked at: a signal handler may do so while somebody else does
@@ -192,11 +201,15 @@ class Link(SocketEnd):
             hand.clear()
             spare_buffers.append(buffer)
             return self._take_slowly(hand)
-        taking, self._taking = self._taking, True
+        taking, self._taking, slab = self._taking, True, self._slab
         try:
             size = buffer.size = self._recv_into(buffer, 0, NOW)
             if buffer[0] == PICKLE:
                 return buffer
+            if buffer[0] == SLOT:
+                size = _fetch(buffer, slab)
+                if buffer[0] == PICKLE:
+                    return buffer
             noted = self._keep_house(buffer, size)
         except BlockingIOError:
             hand.clear()
@@ -221,6 +234,8 @@ class Link(SocketEnd):
             while self.dropped:
                 hand, back = self.dropped[-1], []
                 for taken in hand:
+                    if type(taken) is Buffer and taken[0] == SLOT:
+                        _fetch(taken, self._slab)
                     if type(taken) is Buffer and taken[0] != PICKLE:
                         size = taken.size or len(taken)  # the exception came before its size was noted
                         if taken[0] == 0 or self._keep_house(taken, size):
@@ -307,6 +322,12 @@ class Link(SocketEnd):
         except ConnectionResetError:
             return self._look(hand)
         kind = buffer[0] if size else 0
+        if kind == SLOT and self._has_news(buffer):
+            slab = _slab_of(descriptors)
+            if self._looks != looks:
+                return self._take_slowly(hand)  # a signal handler saw it, and took it
+            # Without a call: who looks at it once more, behind this, sees nothing new.
+            self._slab, self._expected = slab or self._slab, self._expected - 1 if self._expected else 0
         if kind not in (ANNOUNCE, CARRIER):
             spare_buffers.append(buffer)
             return self.take(hand, looks)
@@ -331,6 +352,11 @@ class Link(SocketEnd):
         hand.extend(taking)
         self._expected = self._expected - 1 if self._expected else 0
         return parcel
+
+    def _has_news(self, packet: Buffer) -> bool:
+        """Whether a SLOT packet brings memory, behind a heads-up."""
+        _, announced, _, inode, _ = HEAD.unpack_from(packet)
+        return announced and (self._slab is None or self._slab.inode != inode)
 
     def _take_overflowed(self, inbox: Inbox, hand: Hand) -> Taken | None:
         """The next packet of the overflow file; ``None`` if there is none, and then maybe no file either."""
@@ -476,8 +502,8 @@ class Link(SocketEnd):
         if sock is not None:
             self._let_go(sock)
 
-    def pack_up(self) -> tuple[bytes, Socket]:
-        """What another process needs to go on with this link: some bytes, and a descriptor.
+    def pack_up(self) -> tuple[bytes, Socket, Memory | None]:
+        """What another process needs to go on with this link: some bytes, and one or two descriptors.
 
         The caller holds both locks. The link stays usable, so a handoff that fails needs no undoing.
         """
@@ -495,8 +521,9 @@ class Link(SocketEnd):
         if self._inbox is not None:
             self._inbox.rewind()
             self._inbox = None
-        head = HANDOFF.pack(self.channel, self.side, self.peer_pid or 0, self._expected, self._owes, len(back))
-        return b"".join((head, *back)), self._socket()
+        flags = self._owes * OWES | (self._slab is not None) * SLOTS
+        head = HANDOFF.pack(self.channel, self.side, self.peer_pid or 0, self._expected, flags, len(back))
+        return b"".join((head, *back)), self._socket(), None if self._slab is None else self._slab.memory
 
     def lend(self, loan: Loan | None) -> None:
         """A process is being started that may take this link over: take nothing meanwhile. ``None``: it did not."""
@@ -504,11 +531,13 @@ class Link(SocketEnd):
         self.slow = True  # whoever takes next finds out
 
     @staticmethod
-    def unpack(sock: Socket, luggage: bytes | memoryview) -> Link:
+    def unpack(sock: Socket, luggage: bytes | memoryview, memory: Callable[[], Memory]) -> Link:
         """The link that ``pack_up`` packed, at its new holder. Raises ``struct.error`` for what is none."""
-        channel, side, pid, expected, owes, count = HANDOFF.unpack_from(luggage)
+        channel, side, pid, expected, flags, count = HANDOFF.unpack_from(luggage)
         link = Link(sock, channel, side, pid or None, expected)
-        link._owes = bool(owes)
+        link._owes = bool(flags & OWES)
+        if flags & SLOTS:
+            link._slab = Slab(memory())
         at, back = HANDOFF.size, []
         for _ in range(count):
             size = int.from_bytes(luggage[at : at + 4], "little")
@@ -540,7 +569,7 @@ class Link(SocketEnd):
         """In a forked child that was given this link: the same, with locks and waiters of its own."""
         link = Link(renew(self._socket()), self.channel, self.side, self.peer_pid, self._expected)
         link._owes = self._owes
-        link._back, link.slow = self._back, True
+        link._back, link.slow, link._slab = self._back, True, self._slab
         self._back = []
         self.stay_behind(_closed_here)
         return link
@@ -557,13 +586,13 @@ class Link(SocketEnd):
 
     def _release(self, post: Callable[..., Any], error: Callable[[], Exception]) -> None:
         self._sock = None
-        self._outbox = None
+        self._outbox = self._slots = None
         self._send = post
         self._recv_into = _refuse(error)
         self.slow = False
 
     def _drop_received(self) -> None:
-        self._inbox = self._end = None
+        self._inbox = self._end = self._slab = None
         self._expected = 0
         self._back = []
         self.dropped = ()
@@ -575,6 +604,29 @@ class Link(SocketEnd):
             watcher.forget(sock)
         self.watchers = ()
         self.ring()
+
+
+def _slab_of(descriptors: Descriptors) -> Slab | None:
+    try:
+        return Slab(descriptors.claim_memory())
+    except (OSError, ValueError, IndexError):
+        return None  # it is not what it should be: what it is for will not load
+
+
+def _fetch(buffer: Buffer, slab: Slab | None) -> int:
+    """Put the packet in place of the SLOT packet that was taken for it: its size."""
+    try:
+        size: int
+        _, _, slot, inode, size = HEAD.unpack_from(buffer)
+        if slab is None or slab.inode != inode or 0 < buffer.size < HEAD.size:
+            raise ValueError("it is in memory that nobody told of")
+        buffer.size = size  # first: what is in the buffer behind the copy is the packet, whatever comes up
+        slab.fetch(slot, size, buffer)
+    except ValueError:
+        buffer[0], buffer.size = _GARBAGE, 1
+        return 1
+    slab.free(slot)
+    return size
 
 
 def _refuse(error: Callable[[], Exception]) -> Callable[..., NoReturn]:

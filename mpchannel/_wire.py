@@ -11,6 +11,7 @@ By the first byte:
     CLOSE        the other end says goodbye: reason and process, and maybe in words why. End of file without it: its
                  holder died
     HELD         the other end is now held by that process
+    SLOT         (descriptors) a packet whose bytes are in memory that the two ends share
     others       packets that ``_clone`` made, whole
 
 House rule: nothing here has a state.
@@ -35,8 +36,9 @@ PROCESS: Final = struct.Struct("<BBI")  # kind, reason (of CLOSE), pid
 CARRIER_HEAD: Final = struct.Struct("<BBIQ")  # kind, flags, descriptors, size of the body
 BODY_IN_MEMORY, IN_ENVELOPE = 1, 2
 HANDOFF: Final = struct.Struct("<12sBIIBH")
-"""Channel, side, pid of the other side, heads-ups taken whose packet is to come, heads-ups sent likewise (0 or 1),
-packets put back."""
+"""Channel, side, pid of the other side, heads-ups taken whose packet is to come, OWES and SLOTS, packets put back."""
+OWES: Final = 1  # a heads-up was sent whose packet is to come
+SLOTS: Final = 2  # the memory of SLOT packets comes along
 
 REASONS: Final = ("closed", "collected", "exited", "died", "undeliverable")
 

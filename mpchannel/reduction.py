@@ -53,13 +53,17 @@ class _Start:
         self.thread = threading.get_ident()
         self.ports: list[AnyPort] = []
         self.sockets: list[Any] = []  # a port may close meanwhile; its descriptor's number must stay its own
+        self.memory: list[Any] = []  # likewise
 
-    def lend(self, port: AnyPort) -> tuple[bytes, int]:
-        luggage, sock = port._lend(self)
+    def lend(self, port: AnyPort) -> tuple[bytes, list[int]]:
+        luggage, sock, memory = port._lend(self)
         self.ports.append(port)
         self.sockets.append(sock)
         _kernel.mark(sock, True)
-        return luggage, sock.fileno()
+        if memory is None:
+            return luggage, [sock.fileno()]
+        self.memory.append(memory)
+        return luggage, [sock.fileno(), memory.fileno()]
 
     @property
     def pending(self) -> bool:
@@ -76,6 +80,7 @@ class _Start:
         while self.sockets:
             _kernel.mark(self.sockets[-1], False)
             self.sockets.pop()
+        self.memory.clear()
 
     def succeeded(self, pid: int) -> None:
         # Pending to the end: whoever uses one of them meanwhile must take nothing.
@@ -83,6 +88,7 @@ class _Start:
             port._given_to(self.name, pid)
         self.ports.clear()
         self.sockets.clear()
+        self.memory.clear()
 
 
 def starts_failed() -> None:
@@ -145,15 +151,15 @@ def _reduce_port(port: AnyPort) -> Any:
     popen = multiprocessing.context.get_spawning_popen()
     if popen is not None:
         start = _start_of(popen, _process_being_pickled())
-        luggage, number = start.lend(port)
-        return _arrive, (multiprocessing.reduction.DupFd(number), luggage)
+        luggage, numbers = start.lend(port)
+        return _arrive, (luggage, *map(multiprocessing.reduction.DupFd, numbers))
     port._check_movable("the message")
     with port._link.receiving, port._link.sending:
         entry = port._pack_up()
         # The resource sharer keeps a copy until somebody fetches it; if nobody does, it ends with this process.
-        copy = multiprocessing.reduction.DupFd(entry.numbers[0])
+        copies = list(map(multiprocessing.reduction.DupFd, entry.numbers))
         port._left(Departure("sent by multiprocessing's pickler"), None)
-    return _arrive, (copy, entry.luggage)
+    return _arrive, (entry.luggage, *copies)
 
 
 def _process_being_pickled() -> Any:
@@ -165,11 +171,11 @@ def _process_being_pickled() -> Any:
     return None
 
 
-def _arrive(copy: Any, luggage: bytes) -> AnyPort:
+def _arrive(luggage: bytes, copy: Any, memory: Any = None) -> AnyPort:
     _clone.prepare()
     sock = _kernel.adopt_socket(copy.detach())
     _kernel.mark(sock, False)
-    port: AnyPort = MessagePort._of(Link.unpack(sock, luggage))
+    port: AnyPort = MessagePort._of(Link.unpack(sock, luggage, lambda: _kernel.Memory(iter((memory.detach(),)))))
     if _arrivals is not None:
         _arrivals.append(port)
     return port
@@ -281,7 +287,7 @@ def _after_fork_in_child() -> None:
         else:
             end.stay_behind(_NOT_GIVEN)
     sockets = {each._socket() for each in (*open_links(), *open_shared_ends())}
-    _kernel.close_inherited(sockets)
+    _kernel.close_inherited(sockets, {link._slab.memory for link in open_links() if link._slab is not None})
 
 
 def _sort_out(inherited: list[Link], given: list[AnyPort]) -> None:

@@ -140,3 +140,48 @@ def memory_of_a_post(port: Any, size: int) -> None:
     port.post_message(array)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     port.post_message((grown, port.buffered_amount))
+
+
+# Of test_slots
+
+
+def middling(number: int, size: int = 64 * 1024) -> bytes:
+    """Bytes that are told from those of any other number at every place."""
+    return number.to_bytes(8, "little") * (size // 8)
+
+
+def expect_middling(port: Any, numbers: range, size: int) -> None:
+    """Take them, and say how many came; end with an assertion for one that is not as it was posted."""
+    for number in numbers:
+        assert port.recv() == middling(number, size)
+    port.post_message(len(numbers))
+
+
+def pass_on(port: Any) -> None:
+    """Take a port, and give it back as it is."""
+    moved = port.recv()
+    port.post_message("had it", transfer=[moved])
+    port.post_message(moved.detached)
+
+
+def post_middling(port: Any, numbers: range, size: int) -> None:
+    for number in numbers:
+        port.post_message(middling(number, size))
+    port.post_message("all posted")
+    port.recv()
+
+
+def post_through(port: Any, numbers: range) -> None:
+    """Take a port, and post on it."""
+    moved = port.recv()
+    for number in numbers:
+        moved.post_message(middling(number))
+    port.post_message("posted", transfer=[moved])
+    port.recv()
+
+
+def give_back(port: Any, through: Any, number: int) -> None:
+    """Take one message from a port that was given at the start, and hand it on."""
+    assert port.recv() == middling(number)
+    through.post_message(None, [port])
+    through.recv()

@@ -955,7 +955,8 @@ class Juggled:
 
 
 def body_of(number: int) -> bytes:
-    return bytes(200_000 if number % 333 == 0 else 3000 if number % 50 == 0 else 1)
+    size = 200_000 if number % 333 == 0 else 3000 if number % 50 == 0 else 64_000 if number % 4 == 0 else 8
+    return number.to_bytes(8, "little") * (size // 8)
 
 
 def stand_by(gate: Port, held: list[Port]) -> None:

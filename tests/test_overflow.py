@@ -481,7 +481,7 @@ def test_memory_is_given_back_while_the_overflow_is_read(channel: tuple[Any, Any
     assert sum(files.values()) > 50 << 20
     for number in range(750):
         assert far.recv(5)[0] == number
-    (path,) = files  # the sender's descriptor of it
+    path = max(files, key=lambda path: files[path])  # the sender's descriptor of it
     assert os.stat(path).st_blocks * 512 < 25 << 20
     assert near.buffered_amount < 25 << 20
 
