@@ -323,17 +323,24 @@ def test_a_signal_in_the_midst_of_filling_tears_nothing(channel: Any) -> None:
     class Alarm(Exception):
         pass
 
+    armed: list[bool] = []
+
     def handler(*_: object) -> None:
-        raise Alarm
+        if armed:  # it may come late, when the timer is stopped already
+            armed.clear()
+            raise Alarm
 
     previous = signal.signal(signal.SIGALRM, handler)
     interrupted = 0
     try:
         for number in range(40):
             received = 0
+            message = np.full_like(big, number)
             try:
+                armed.append(True)
                 signal.setitimer(signal.ITIMER_REAL, 0.0002 * (number + 1))
-                near.post_message(np.full_like(big, number))
+                near.post_message(message)
+                armed.clear()
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except Alarm:
                 interrupted += 1
