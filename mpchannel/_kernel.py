@@ -402,10 +402,16 @@ def send_with(sock: Socket, parts: Sequence[Any], numbers: Sequence[int], sent: 
 def receive_with(sock: Socket, buffer: bytearray, flags: int) -> tuple[int, Descriptors]:
     """Receive one packet with its descriptors: (bytes, descriptors). Raises ``OSError(EMFILE)`` if there is no room
     for them in this process; with ``PEEK`` among the flags nothing is lost by that.
+
+    That the other end closed with packets of ours unread is told once (ECONNRESET), and at any moment; what it had
+    sent before is still in the queue, so that is passed over.
     """
     with crossing:
         descriptors = Descriptors()
-        size, got = descriptors.receive(sock, buffer, flags | _CLOEXEC)
+        try:
+            size, got = descriptors.receive(sock, buffer, flags | _CLOEXEC)
+        except ConnectionResetError:
+            size, got = descriptors.receive(sock, buffer, flags | _CLOEXEC)
     if got & _CUT:
         descriptors.close()
         raise explain(OSError(errno.EMFILE, ""), "receive the descriptors that came with a message")
@@ -415,6 +421,14 @@ def receive_with(sock: Socket, buffer: bytearray, flags: int) -> tuple[int, Desc
 def taking_off(sock: Socket) -> Iterator[int]:
     """Once iterated: takes one packet off, whatever it is, in one call that no signal handler comes in the midst of."""
     return map(sock.recv_into, (bytearray(8),), (0,), (NOW,))
+
+
+def take_off(sock: Socket) -> None:
+    """Take off one packet that was seen to be there, whatever it is. (For a reset see ``receive_with``.)"""
+    try:
+        deque(taking_off(sock), 0)
+    except ConnectionResetError:
+        deque(taking_off(sock), 0)
 
 
 def enclose(numbers: Sequence[int]) -> Socket:

@@ -319,8 +319,6 @@ class Link(SocketEnd):
         except BlockingIOError:
             spare_buffers.append(buffer)
             return None
-        except ConnectionResetError:
-            return self._look(hand)
         kind = buffer[0] if size else 0
         if kind == SLOT and self._has_news(buffer):
             slab = _slab_of(descriptors)
@@ -349,7 +347,10 @@ class Link(SocketEnd):
         taking = itertools.compress((parcel,), taking_off(sock))
         if self._looks != looks:
             return self._take_slowly(hand)  # a signal handler took it
-        hand.extend(taking)
+        try:
+            hand.extend(taking)
+        except ConnectionResetError:  # it comes between any two calls: that one took nothing
+            return self._look(hand)
         self._expected = self._expected - 1 if self._expected else 0
         return parcel
 
@@ -442,8 +443,12 @@ class Link(SocketEnd):
             if not self._keep_house(peek, size):
                 return True
             taking = taking_off(sock)
-            if self._looks == looks + 1:  # else a signal handler took it
-                deque(taking, 0)
+            while self._looks == looks + 1:  # else a signal handler took it
+                try:
+                    deque(taking, 0)
+                    break
+                except ConnectionResetError:
+                    taking = taking_off(sock)
 
     def watched_by(self, watcher: Watcher) -> Socket | None:
         """The socket for *watcher* to wait on; it is told to ``forget`` it at its release. ``None``: it is released."""

@@ -21,7 +21,6 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final, NoReturn, final
 
@@ -39,7 +38,7 @@ from ._kernel import (
     send_with,
     set_owner,
     socket_pair,
-    taking_off,
+    take_off,
 )
 from ._overflow import Inbox
 from ._wire import ANNOUNCE, ANNOUNCEMENT, CARRIER, PICKLE, End, Parcel, unwrap
@@ -143,6 +142,8 @@ class SharedEnd(SocketEnd):
         except BlockingIOError:  # another process was quicker
             spare_buffers.append(buffer)
             return None
+        except ConnectionResetError:
+            return self.take(hand)
         if not size:
             return _OVER
         hand.append(buffer)
@@ -174,7 +175,7 @@ class SharedEnd(SocketEnd):
         except BlockingIOError:
             return None
         parcel = unwrap(memoryview(buffer)[:size], descriptors)
-        deque(taking_off(sock), 0)
+        take_off(sock)
         hand.append(parcel)
         return parcel
 
@@ -230,7 +231,7 @@ class SharedEnd(SocketEnd):
             return False
         try:
             if self._look() == (ANNOUNCE, inbox.inode):
-                deque(taking_off(sock), 0)
+                take_off(sock)
         finally:
             inbox.lock(False)
         self._inbox = None

@@ -5,7 +5,24 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import time
+from pathlib import Path
 from typing import Any
+
+
+def meminfo(name: str) -> int:
+    """Of the whole system, in bytes."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024
+
+
+def wait_for_shmem_below(limit: int) -> None:
+    """Others use this machine as well, but not for ever."""
+    deadline = time.monotonic() + 100
+    while meminfo("Shmem") >= limit:
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{meminfo('Shmem')} bytes of shared memory are in use, not less than {limit}")
+        time.sleep(0.01)
 
 
 def add_one(buffer: Any) -> Any:

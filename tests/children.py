@@ -1161,15 +1161,23 @@ def post_pid_on(port: Port) -> None:
     port.post_message(os.getpid())
 
 
+def post_and_stay(port: Port, told: Port, what: str, count: int) -> None:
+    for _ in range(count):
+        moving = [] if what == "overflowed" else [mpchannel.MessageChannel().port1]
+        port.post_message(moving or what, moving)
+    told.post_message("posted")
+    signal.pause()
+
+
 def poll_slowly(connection: Any, gate: Port) -> None:
     """Poll without a lock until told to stop, with time between seeing that a file was read and leaving it."""
-    real = _shared.taking_off
+    real = _shared.take_off
 
     def slow(sock: Any) -> Any:
         time.sleep(random.random() * 0.004)
         return real(sock)
 
-    _shared.taking_off = slow
+    _shared.take_off = slow
     gate.post_message("ready")
     while not gate.poll():
         connection.poll(0)

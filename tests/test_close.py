@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import mpchannel
-from mpchannel import CloseEvent, DataCloneError, MessageChannel, PortClosedError
+from mpchannel import CloseEvent, DataCloneError, MessageChannel, PortClosedError, _link
 
 from . import children
 from .children import ENDS, Port, Waiter, let_deliver, running
@@ -178,6 +178,63 @@ def test_messages_posted_before_close_arrive_although_the_closer_had_unread_ones
     event = ends[1].wait_closed(10)
     assert event is not None
     assert event.reason == "closed"
+
+
+@pytest.mark.parametrize("what", ["port", "port after a poll", "overflowed"])
+def test_a_death_between_the_look_at_a_packet_and_its_taking_loses_nothing(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = MessageChannel()
+    told, for_told = MessageChannel()
+    count = FULL if what == "overflowed" else 1
+    near.post_message("never read")  # the kernel tells of that: the connection is reset
+    process = mpchannel.get_context("fork").Process(target=children.post_and_stay, args=(far, for_told, what, count))
+    resets: list[ConnectionResetError] = []
+
+    def late(sock: Any) -> Any:
+        process.kill()
+        process.join()
+        try:
+            yield from taking_off(sock)
+        except ConnectionResetError as error:
+            resets.append(error)
+            raise
+
+    with running(process, None), near, told:
+        assert told.recv(20) == "posted"
+        taking_off = _link.taking_off
+        monkeypatch.setattr(_link, "taking_off", late)
+        if what == "port after a poll":
+            assert near.poll()
+        for _ in range(count):
+            near.recv(20)
+        with pytest.raises(PortClosedError):
+            near.recv(20)
+        assert len(resets) == 1
+        event = near.wait_closed(10)
+        assert event is not None
+        assert event.reason == "died"
+
+
+@pytest.mark.parametrize("what", ["small", "port"])
+def test_an_end_between_the_look_at_a_packet_and_its_taking_loses_nothing_of_a_connection(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = mpchannel.Pipe()
+    near.send("unread")
+    far.send("small" if what == "small" else MessageChannel().port1)
+    take = near._end._recv_into
+
+    def early(*request: Any) -> int:
+        size = take(*request)
+        far.close()
+        return size
+
+    with near:
+        monkeypatch.setattr(near._end, "_recv_into", early)
+        assert (near.recv() == "small") is (what == "small")
+        with pytest.raises(EOFError):
+            near.recv()
 
 
 def test_all_listeners_hear_of_the_close_in_order(ends: Ends) -> None:

@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,15 +23,9 @@ MIB = 1 << 20
 Ends = tuple[Any, Any]
 
 
-def meminfo(name: str) -> int:
-    """Bytes."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024
-
-
 @pytest.mark.timeout(600)
 def test_3_gib_of_bytes_and_an_array_of_4_gib_go_there_and_back(memory_to_itself: None) -> None:
-    if meminfo("MemAvailable") < 14 * GIB:
+    if buffer_children.meminfo("MemAvailable") < 14 * GIB:
         pytest.skip("there and back, 4 GiB take up to 14 GiB of memory, which this machine has not to spare")
     mine, theirs = MessageChannel()
     process = mpchannel.get_context("spawn").Process(target=buffer_children.flip_and_return, args=(theirs,))
@@ -134,7 +127,7 @@ def test_arrays_are_equal_after_the_trip_through_a_pool() -> None:
 def test_a_kill_at_any_moment_leaves_no_memory_behind(who: str, memory_to_itself: None) -> None:
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
-    dice, before, size, rounds = random.Random(seed), meminfo("Shmem"), 64 * MIB, 12
+    dice, before, size, rounds = random.Random(seed), buffer_children.meminfo("Shmem"), 64 * MIB, 12
     fork = mpchannel.get_context("fork")
     for _ in range(rounds):
         near, far = MessageChannel()
@@ -153,10 +146,7 @@ def test_a_kill_at_any_moment_leaves_no_memory_behind(who: str, memory_to_itself
         ended = {process.exitcode for process in (giver, taker)} - {-signal.SIGKILL}
         # The receiver's loop ends with the channel; the sender is told by an error that there is nobody any more.
         assert ended <= ({0} if who == "sender" else {1})
-    deadline = time.monotonic() + 20
-    while meminfo("Shmem") > before + rounds * size // 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert meminfo("Shmem") < before + rounds * size // 2
+    buffer_children.wait_for_shmem_below(before + rounds * size // 2)
 
 
 def test_a_post_takes_no_more_memory_than_the_message_has() -> None:
