@@ -34,9 +34,9 @@ class Claims(Transferable):
         self._pipe = pipe or Pipe.create()
         self._held = 0
 
-    def give(self, numbers: Iterable[int], given: list[int] | None = None) -> None:
-        """Numbers go up from 1, from call to call; ``MOST`` of them always fit. *given* is filled by the very call."""
-        self._pipe.put(b"".join(map(_TOKEN.pack, numbers)), [] if given is None else given)
+    def give(self, numbers: Iterable[int]) -> None:
+        """Numbers go up from 1, from call to call; ``MOST`` of them always fit."""
+        self._pipe.put(b"".join(map(_TOKEN.pack, numbers)))
 
     def take_back(self) -> set[int]:
         return {number for (number,) in _TOKEN.iter_unpack(self._pipe.take(MOST * _TOKEN.size))}

@@ -453,12 +453,14 @@ def post_moving(
     *,
     doomed: bool = False,
     check: Callable[[int], object] | None = None,
+    sent: list[int] | None = None,
 ) -> bool:
     """Post a message with transferables: all or nothing. Whether it was accepted.
 
     *doomed*: it cannot arrive, so it is not sent, and what moves is lost. *check*: may still refuse so many bytes.
+    *sent*: as ``SocketEnd.post_parts`` has it.
     """
-    sent: list[int] = []
+    sent = [] if sent is None else sent
     locks = [lock for each in objects for lock in each._locks()]
     locks.append((id(end), 1, end.sending))
     locks.sort(key=lambda lock: lock[:2])

@@ -76,6 +76,9 @@ GONE: Final = (BrokenPipeError, ConnectionResetError)
 _BLOCK: Final = 0.004  # seconds a receive call may hold the lock; a transfer or another reader waits that long
 _SPIN: Final = 60e-6  # seconds a port that was quick last time is asked again and again before its thread sleeps:
 _QUICK: Final = 200e-6  # a sleeping thread on another core takes some 50 us to wake
+_SAME_CORE: Final = 8  # messages in a row that came as soon as this thread yielded: both share a core, and to ask again
+_OTHER_CORE: Final = 100  # is in vain (else a round trip takes 1.2 times as long); so many more if that was an error
+_SWITCH_LEAST, _SWITCH_MOST = 3e-6, 60e-6  # seconds for the other's answer if it was none
 
 
 class Buffer(bytearray):
@@ -88,6 +91,10 @@ class Buffer(bytearray):
 
 spare_buffers: list[Buffer] = []
 """Whoever takes a bare pickle in a ``Buffer`` owns that until he puts it here again."""
+
+READ_AHEAD: Final = 2
+"""``slow`` of an end that is at an overflow file, with nothing else to see to. 1, or ``True``: take with care, there is
+something that is no bare pickle in the socket. 0, or ``False``: there is none."""
 
 Taken = Buffer | memoryview | Parcel | End
 """What ``take`` gives: a bare pickle (in a buffer of ours, or elsewhere), a parcel, the end."""
@@ -112,6 +119,7 @@ class SocketEnd:
         "_sock",
         "_timed",
         "_waiting",
+        "_yielded",
         "hot",
         "peer_pid",
         "receiving",
@@ -135,8 +143,9 @@ class SocketEnd:
         self._slots: Slots | None = None
         self._middling = 0  # packets that could have gone through a slot, while there was none
         self._bells: list[Bell] = []
-        self.slow = False  # take with care: something is there that is no bare pickle in the socket
+        self.slow = 0  # how to take: see READ_AHEAD. Whoever sets it says True
         self.hot = False  # the last message came quickly
+        self._yielded = 0  # messages in a row that came at the first yield
         self._timed = False
         self._waiting = False  # for room: still set at the next post, if a signal handler's exception ended that
 
@@ -328,7 +337,7 @@ class SocketEnd:
                     self._send_described(sock, (CARRIER_HEAD.pack(CARRIER, flags, count, size), *parts), numbers, sent)
                     self._bodies += size if memory is not None else 0
                     return True
-                send_with(sock, parts, ())
+                send_with(sock, parts, (), sent)
                 return True
             except OSError as error:
                 if error.errno == errno.ETOOMANYREFS and not count:
@@ -430,8 +439,9 @@ class SocketEnd:
     def next(self, hand: Hand, timeout: float | None = None, tried: bool = False) -> Taken:
         """Take the next packet, or the end, waiting for it. Raises ``TimeoutError``. *tried*: nothing was there yet.
 
-        A port that was quick last time is asked again for some 60 us before its thread sleeps; then the socket itself
-        waits for some milliseconds, which wakes sooner than ``poll``; only then comes that, which a transfer can wake.
+        A port that was quick last time is asked again for some 60 us before its thread sleeps, unless the other end's
+        thread seems to need this very core; then the socket itself waits for some milliseconds, which wakes sooner than
+        ``poll``; only then comes that, which a transfer can wake.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         brief = timeout is not None and timeout < 2 * _BLOCK
@@ -445,12 +455,15 @@ class SocketEnd:
 
     def _take_soon(self, hand: Hand, tried: bool) -> Taken | None:
         if self.hot:
-            until = time.perf_counter() + _SPIN
+            until, yields = time.perf_counter() + _SPIN, 0
             while time.perf_counter() < until:
                 if tried:
                     os.sched_yield()
+                    yields += 1
                 taken = self.take(hand)
                 if taken is not None:
+                    self._yielded = self._yielded + 1 if yields == 1 else min(self._yielded, 0)
+                    self.hot = self._yielded < _SAME_CORE
                     return taken
                 tried = True
         if self.slow:
@@ -469,7 +482,11 @@ class SocketEnd:
         except ConnectionResetError:
             pass  # see take
         taken = self.take(hand)
-        self.hot = taken is not None and time.perf_counter() - began < _QUICK
+        took = time.perf_counter() - began
+        if self._yielded < _SAME_CORE:
+            self.hot = taken is not None and took < _QUICK
+        elif not _SWITCH_LEAST < took < _SWITCH_MOST:
+            self.hot, self._yielded = taken is not None and took < _QUICK, -_OTHER_CORE
         return taken
 
     def wait(self, deadline: float | None, *, asleep_while: Callable[[], bool] | None = None) -> bool:

@@ -612,9 +612,9 @@ class Pipe(_Owner):
         """Of the reading end."""
         return self._numbers[0]
 
-    def put(self, data: bytes, done: list[int]) -> None:
-        """All of *data*, which has to fit. *done* is filled by the call that does it."""
-        done.extend(map(os.write, (self._numbers[1],), (data,)))
+    def put(self, data: bytes) -> None:
+        """All of *data*, which has to fit."""
+        os.write(self._numbers[1], data)
 
     def take(self, size: int) -> bytes:
         """At most *size* bytes; none if there are none. Of several processes that take, each byte goes to one."""

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, NoReturn, Protocol, final
 
-from ._end import BUFFER, Buffer, Hand, SocketEnd, Taken, spare_buffers
+from ._end import BUFFER, READ_AHEAD, Buffer, Hand, SocketEnd, Taken, spare_buffers
 from ._kernel import (
     NOW,
     PEEK,
@@ -189,6 +189,15 @@ class Link(SocketEnd):
         *looks* is for ``_take_slowly``: take as it comes, if these are all the looks at the next packet there were.
         """
         if looks is None and self.slow:
+            if self.slow == READ_AHEAD and (inbox := self._inbox) is not None:
+                # No call, and so no signal handler, in these. The last one that was read is for _take_overflowed.
+                place = inbox.place
+                if place < inbox.last:
+                    ahead = inbox.packets[place - inbox.first]
+                    if ahead[0] == PICKLE:
+                        hand += (ahead,)
+                        inbox.place = place + 1
+                        return ahead  # type: ignore[return-value]
             return self._take_slowly(hand)
         try:
             buffer = spare_buffers.pop()
@@ -297,6 +306,9 @@ class Link(SocketEnd):
             if self._end is not None:
                 return self._end
             if self._inbox is not None:
+                # Without a call: what a signal handler sets meanwhile must not be overwritten.
+                if not (self.dropped or self._back or self._end or self.lent):
+                    self.slow = READ_AHEAD
                 found = self._take_overflowed(self._inbox, hand)
                 if found is not None or self._inbox is not None:
                     return found
@@ -361,12 +373,6 @@ class Link(SocketEnd):
 
     def _take_overflowed(self, inbox: Inbox, hand: Hand) -> Taken | None:
         """The next packet of the overflow file; ``None`` if there is none, and then maybe no file either."""
-        packet, at, after = inbox.ahead()
-        if packet and packet[0] == PICKLE and inbox.at == at:
-            # No call, and so no signal handler, since the test.
-            hand += (packet,)
-            inbox.at = after
-            return packet
         record = inbox.next()
         if record is None:
             self._socket()  # raises if a signal handler closed it
@@ -379,12 +385,12 @@ class Link(SocketEnd):
         elif packet[0] != PICKLE:
             noted = self._keep_house(packet, len(packet))
             taken = None if noted else Parcel(memoryview(bytearray(packet)), Descriptors())
-        if inbox.at != record.at:
+        if inbox.place != record.place:
             return self._take_slowly(hand)  # a signal handler took it
         # No call, and so no signal handler, in the next three statements.
         if taken is not None:
             hand += (taken,)
-        inbox.at = record.after
+        inbox.place = record.place + 1
         inbox.drop_aside(record)
         self._leave_if_exhausted(inbox, len(packet))
         return self._take_slowly(hand) if taken is None else taken

@@ -46,6 +46,7 @@ _TICKET: Final = struct.Struct("<Q")
 _DESCRIBED: Final = 1  # flag: a ticket for descriptors comes first
 _CHUNK: Final = 256 * 1024  # bytes read at a time: some 3,000 small messages for one call
 _JOIN_BELOW: Final = 16 * 1024  # joining the pieces of a small record costs less than handing over a list of them
+_AHEAD: Final = 128  # records found at a time: in less time than there is between signals, which end that for nothing
 _GIVE_BACK: Final = 1 << 20  # bytes read before their pages are given back: a mapping per MiB is not felt
 _LINGER: Final = 32  # looks for another record, in some 40 us
 _PATIENCE: Final = 64  # appends between two looks whether the reader still lives
@@ -150,19 +151,31 @@ class Outbox:
 
 
 class Record(NamedTuple):
-    """A record that was read: it stays the next one until ``at`` is set to ``after``."""
+    """A record that was read: it stays the next one until ``place`` is one more."""
 
     packet: memoryview
-    at: int
-    after: int
-    ticket: int  # 0: it has no descriptors
+    place: int
+    ticket: int = 0  # there is none: it has no descriptors
 
 
 @final
 class Inbox:
     """The reader's side of one file."""
 
-    __slots__ = ("_data", "_given_back", "_inode", "_lane", "_memory", "_start", "at", "left")
+    __slots__ = (
+        "_data",
+        "_ends",
+        "_given_back",
+        "_inode",
+        "_lane",
+        "_memory",
+        "_start",
+        "first",
+        "last",
+        "left",
+        "packets",
+        "place",
+    )
 
     def __init__(self, descriptors: Descriptors) -> None:
         """*descriptors*: the file, and the lane if there is one. Raises ``OSError`` if they are no such things."""
@@ -171,60 +184,69 @@ class Inbox:
         if not self._memory.sealed(SEAL_SHRINK):
             raise OSError(errno.EINVAL, "an overflow file must be sealed against shrinking")
         self._inode = self._memory.inode
-        self.at = self._memory.offset
-        """Where the next record begins. The reader sets it to a record's ``after`` to take that record away."""
+        self.place = 0
+        """The number of the next record. Whoever takes that away adds one."""
+        at = self._memory.offset
+        self.packets: list[memoryview | Record] = []
+        """What was read ahead: a packet, or its record if it has descriptors."""
+        self.first, self.last = 0, -1  # the numbers of the first of these, and of the last
+        self._ends = [at]  # where in the file the first begins, and where each of them ends
+        self._data, self._start = memoryview(b""), at  # a piece of the file, and where it begins
         self.left: list[int] = []  # not empty: its announcement was taken off the socket
-        self._given_back = -(-self.at // PAGE) * PAGE
-        self._data, self._start = memoryview(b""), self.at  # what was read, and where it begins
+        self._given_back = -(-at // PAGE) * PAGE
+
+    @property
+    def _at(self) -> int:
+        """Where in the file the next record begins."""
+        return self._ends[self.place - self.first]
 
     def next(self) -> Record | None:
         """The next record; ``None`` if no whole one is there."""
         while True:
-            at, data, start = self.at, self._data, self._start
-            inside = at - start
-            if 0 <= inside <= len(data) - 8:
-                word = _HEADER.unpack_from(data, inside)[0]
-                end = inside + 8 + (word >> 2)
-                if end <= len(data):
-                    if not word & _DESCRIBED:
-                        return Record(data[inside + 8 : end], at, start + end, 0)
-                    ticket = _TICKET.unpack_from(data, inside + 8)[0]
-                    return Record(data[inside + 16 : end], at, start + end, ticket)
+            place, first, packets = self.place, self.first, self.packets
+            if place - first < len(packets):
+                packet = packets[place - first]
+                return packet if isinstance(packet, Record) else Record(packet, place)
             if not self._read():
                 return None
 
-    def ahead(self) -> tuple[memoryview | None, int, int]:
-        """The next record's packet, ``at`` and ``after``, if it is a plain one and not the last that was read already.
-
-        ``None`` for a packet: ask ``next``.
-        """
-        at, data, start = self.at, self._data, self._start
-        inside = at - start
-        if 0 <= inside <= len(data) - 8:
-            word = _HEADER.unpack_from(data, inside)[0]
-            end = inside + 8 + (word >> 2)
-            if end <= len(data) - 8 and not word & _DESCRIBED:
-                return data[inside + 8 : end], at, start + end
-        return None, at, at
-
     def _read(self) -> bool:
         """Read on from the next record. Whether that is there."""
-        at = self.at
-        if at - self._given_back >= _GIVE_BACK:
-            end = at // PAGE * PAGE
-            self._memory.discard(self._given_back, end)
-            self._given_back = end
-        unread = self._memory.size - at
-        if unread < 8:
-            return False
-        data = self._memory.read(min(unread, _CHUNK), at)
-        size = 8 + (_HEADER.unpack_from(data)[0] >> 2)
-        if size > unread:
-            return False
-        if size > len(data):
-            data = self._memory.read(size, at)
-        view = memoryview(data)
-        self._data, self._start = view, at  # together: a signal handler may raise, or read, at any call above
+        place, at, data, start = self.place, self._at, self._data, self._start
+        begin = at - start
+        if begin + 8 > len(data) or begin + 8 + (_HEADER.unpack_from(data, begin)[0] >> 2) > len(data):
+            if at - self._given_back >= _GIVE_BACK:
+                end = at // PAGE * PAGE
+                self._memory.discard(self._given_back, end)
+                self._given_back = end
+            unread = self._memory.size - at
+            if unread < 8:
+                return False
+            read = self._memory.read(min(unread, _CHUNK), at)
+            size = 8 + (_HEADER.unpack_from(read)[0] >> 2)
+            if size > unread:
+                return False
+            if size > len(read):
+                read = self._memory.read(size, at)
+            data, start, begin = memoryview(read), at, 0
+        packets: list[memoryview | Record] = []
+        ends, header = [at], _HEADER.unpack_from
+        while begin + 8 <= len(data) and len(packets) < _AHEAD:
+            (word,) = header(data, begin)
+            end = begin + 8 + (word >> 2)
+            if end > len(data):
+                break
+            if word & _DESCRIBED:
+                ticket = _TICKET.unpack_from(data, begin + 8)[0]
+                packets.append(Record(data[begin + 16 : end], place + len(packets), ticket))
+            else:
+                packets.append(data[begin + 8 : end])
+            ends.append(start + end)
+            begin = end
+        last = place + len(packets) - 1
+        if self.place == place:  # else a signal handler took some, and what was read for it is right
+            self.packets, self.first, self.last, self._ends = packets, place, last, ends
+            self._data, self._start = data, start
         return True
 
     def descriptors(self, record: Record) -> Descriptors:
@@ -243,7 +265,7 @@ class Inbox:
             if _TICKET.unpack(mark)[0] > record.ticket:
                 break
             dropping = taking_off(self._lane)  # left by a post that failed before its record was written
-            if self.at != record.at:
+            if self.place != record.place:
                 break  # a signal handler took it all
             deque(dropping, 0)
         return Descriptors()
@@ -261,7 +283,7 @@ class Inbox:
             if _TICKET.unpack(mark)[0] > record.ticket:
                 return
             dropping = taking_off(self._lane)
-            if self.at != record.after:
+            if self.place != record.place + 1:
                 return  # a signal handler took more, and dropped more
             deque(dropping, 0)
 
@@ -270,14 +292,14 @@ class Inbox:
 
         *linger*: wait for an instant whether another record comes.
         """
-        if self.at + 8 <= self._start + len(self._data) and not writer_gone:
+        if self.place <= self.last and not writer_gone:
             return False  # it goes on in what was read already
         for look in range(_LINGER if linger else 1):
             if look:
                 os.sched_yield()
             if self.next() is not None:
                 return False
-        if self._memory.size > self.at and not writer_gone and not self._memory.sealed(SEAL_GROW):
+        if self._memory.size > self._at and not writer_gone and not self._memory.sealed(SEAL_GROW):
             return False  # a large record is being written
         self._memory.seal(SEAL_GROW)
         return self.next() is None  # what came in before the seal; a torn rest belongs to a writer that failed
@@ -292,11 +314,14 @@ class Inbox:
 
     def wind(self) -> None:
         """Go to where the last of those left off who share the file."""
-        self.at = self._memory.offset
+        at = self._memory.offset
+        if at != self._at:
+            self.packets, self.first, self.last, self._ends = [], self.place, self.place - 1, [at]
+            self._data, self._start = memoryview(b""), at
 
     def rewind(self) -> None:
         """Put the shared position before the first record not taken, so that another holder can go on."""
-        self._memory.offset = self.at
+        self._memory.offset = self._at
 
     def close(self) -> None:
         """Let go at once (in a forked child; elsewhere it closes with its last reference)."""

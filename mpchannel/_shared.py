@@ -197,12 +197,13 @@ class SharedEnd(SocketEnd):
 
     def _take_overflowed(self, inbox: Inbox, hand: Hand) -> Taken | None:
         inbox.wind()
-        ahead, _, after = inbox.ahead()
-        if ahead and ahead[0] == PICKLE:
-            inbox.at = after
-            inbox.rewind()
-            hand.append(ahead)
-            return ahead
+        if inbox.place < inbox.last:
+            ahead = inbox.packets[inbox.place - inbox.first]
+            if ahead[0] == PICKLE:
+                inbox.place += 1
+                inbox.rewind()
+                hand.append(ahead)
+                return ahead  # type: ignore[return-value]
         record = inbox.next()
         if record is None:
             if not self._leave_if_exhausted(inbox, linger=False):
@@ -214,7 +215,7 @@ class SharedEnd(SocketEnd):
             taken = unwrap(packet, inbox.descriptors(record))
         elif packet[0] != PICKLE:
             taken = Parcel(packet, Descriptors())
-        inbox.at = record.after
+        inbox.place = record.place + 1
         inbox.rewind()
         hand.append(taken)
         inbox.drop_aside(record)

@@ -100,16 +100,17 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
         listed = () if transfer is None else self._check_list(transfer)
         return self._post(pack(message, Moving(listed) if listed else None))
 
-    def _post(self, data: bytes | Pickled, how: str = "posted") -> bool:
+    def _post(self, data: bytes | Pickled, how: str = "posted", sent: list[int] | None = None) -> bool:
+        """*sent*: as ``SocketEnd.post_parts`` has it."""
         if isinstance(data, Pickled) and data.objects:
-            return self._move(data, data.objects, how)
-        if type(data) is bytes:
+            return self._move(data, data.objects, how, sent)
+        if type(data) is bytes and sent is None:
             if self._limit is not None:
                 self._check_room(len(data))
             return self._link.post(data)
         parts, size = assemble(data)
         self._check_room(size)
-        return self._link.post_parts(parts, size)
+        return self._link.post_parts(parts, size, (), sent)
 
     def _check_list(self, transfer: Iterable[Any]) -> Sequence[Transferable]:
         """The transfer list, each entry checked. Errors name the entry."""
@@ -133,7 +134,9 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
             each._check_movable(name)
         return listed
 
-    def _move(self, pickled: bytes | Pickled, objects: Sequence[Transferable], how: str) -> bool:
+    def _move(
+        self, pickled: bytes | Pickled, objects: Sequence[Transferable], how: str, sent: list[int] | None = None
+    ) -> bool:
         doomed = any(each._channel == self._link.channel for each in objects)
         if doomed:
             warnings.warn(
@@ -148,6 +151,7 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
             Departure(f"{how} through {self!r}"),
             doomed=doomed,
             check=self._check_room,
+            sent=sent,
         )
 
     def _check_room(self, size: int) -> None:
@@ -234,7 +238,7 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
         try:
             link = self._link
             taken = None
-            if link.hot:  # next() would do the same a little later
+            if link.hot or link.slow:  # next() would do the same a little later
                 if not other_threads():
                     taken = link.take(hand)  # nobody to lock out, and the lock is a tenth of the whole cost
                 else:

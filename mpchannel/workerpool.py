@@ -153,7 +153,7 @@ class _Seat:
         self.count = 0  # of calls that it was given and that were not taken back
         self.leaving = False  # it gets no more
         self.pace = _AHEAD  # seconds that a call takes here, of late
-        self.given: list[int] = []  # filled when the latest ones can be begun
+        self.posted: list[int] = []  # filled by the very call that posts the latest ones
         self._since = 0.0  # when the first became the first
 
     def listen(self) -> None:
@@ -179,18 +179,21 @@ class _Seat:
         numbers = range(self.number + 1, self.number + 1 + len(calls))
         self.number += len(calls)
         self.count += len(calls)
-        self.given = []
+        posted: list[int] = []
+        self.posted = posted
         first = not self.calls
         for number, call in zip(numbers, calls, strict=True):  # first of all: an answer may be here at once
             self.calls[number], call._seat, call._number = call, self, number
         try:
-            self.claims.give(numbers, self.given)
+            self.claims.give(numbers)
             port = self.worker._port
             if calls[0]._alone:  # it is loaded once it has begun: it may be what ends the worker
-                given = port.post_message([(numbers[0], None)]) and self._post_alone(calls[0]._task)
+                given = port.post_message([(numbers[0], None)])
+                given = given and port._post(calls[0]._task, "given to a worker", posted)
             else:
-                given = port.post_message([(call._number, call._task) for call in calls])
+                given = port._post(_clone.pack([(call._number, call._task) for call in calls]), sent=posted)
         except Exception:
+            self._stand_in(calls)
             self._withdraw(numbers)
             raise
         if not given:
@@ -199,19 +202,19 @@ class _Seat:
             self.begin()
         return given
 
-    def _post_alone(self, task: Any) -> bool:
-        try:
-            return self.worker._port._post(task, "given to a worker")
-        except BaseException:
-            self.given.clear()
-            self.worker._port.post_message(())  # it comes in its place: there is nothing to do
-            raise
+    def _stand_in(self, calls: list[PoolFuture[Any]]) -> None:
+        """An exception came before the task was posted that may have been announced: nothing to do comes in its place.
+        (If it was not, that is nothing to do at all.)
+        """
+        if calls and calls[0]._alone and not self.posted:
+            self.worker._port.post_message(())
 
     def recover(self, calls: list[PoolFuture[Any]]) -> list[PoolFuture[Any]]:
         """A signal handler raised while *calls* were given: those, and others here, that have not begun."""
+        self._stand_in(calls)
         back = self.take_back()
         for call in calls:
-            if call._seat is self and not self.given:  # nobody can begin it
+            if call._seat is self and not self.posted:  # nobody can begin it, even if its token is gone: see claim()
                 self.calls.pop(call._number, None)
                 self.count -= 1
                 call._seat = None

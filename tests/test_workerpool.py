@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import mpchannel
-from mpchannel import PortClosedError, WorkerDied, WorkerPool, WorkerStartError, workerpool
+from mpchannel import PortClosedError, WorkerDied, WorkerPool, WorkerStartError, _clone, workerpool
 from mpchannel._claims import Claims
 
 from . import pool_tasks as tasks
@@ -577,6 +577,30 @@ def test_exceptions_of_signal_handlers_cost_no_call_but_the_one_that_is_submitte
             assert hits
     finally:
         signal.signal(signal.SIGALRM, before)
+
+
+def test_a_call_that_was_never_posted_is_given_up_even_if_its_token_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tick(BaseException):
+        pass
+
+    with WorkerPool(1, context="fork") as pool:
+        assert pool.submit(tasks.square, 1).result(20) == 1
+        pack, packed = _clone.pack, []
+
+        def interrupted(*given: Any) -> Any:
+            packed.append(pack(*given))
+            if len(packed) == 2:  # the first is the call's own
+                # The worker takes it, when what it is at was taken back from it.
+                assert pool._seats[0].claims.take_back() == {2}
+                raise Tick
+            return packed[-1]
+
+        monkeypatch.setattr(_clone, "pack", interrupted)
+        with pytest.raises(Tick):
+            pool.submit(tasks.square, 2)
+        monkeypatch.setattr(_clone, "pack", pack)
+        assert not pool._seats[0].calls
+        assert pool.submit(tasks.square, 3).result(20) == 9
 
 
 def test_a_stream_goes_on_behind_values_that_cannot_be_loaded(context: Any) -> None:
