@@ -21,8 +21,9 @@ _forward                the rest of multiprocessing
 
 from __future__ import annotations
 
+import importlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import _forward, ipc
 from ._task import cancelled, report
@@ -43,12 +44,17 @@ from .errors import (
 )
 from .events import CloseEvent, ErrorEvent, ExitEvent, MessageErrorEvent, MessageEvent
 from .port import MessagePort
-from .remote import awrap, expose, release, wrap
 from .sharedbuffer import SharedBuffer
 from .worker import Worker, parent_port, worker_data
-from .workerpool import WorkerPool
+
+if TYPE_CHECKING:
+    from .remote import awrap, expose, release, wrap
+    from .workerpool import WorkerPool
 
 __version__ = "0.1.0"
+
+# Imported when asked for: they take as long as all the rest (concurrent.futures, inspect).
+_LATER = {"WorkerPool": "workerpool"} | dict.fromkeys(("awrap", "expose", "release", "wrap"), "remote")
 
 # Everything that `multiprocessing` has, of a context that is ours.
 _forwarded = [name for name in dir(default_context) if not name.startswith("_") and name != "current"]
@@ -95,7 +101,14 @@ __all__ += [name for name in _forwarded if name not in __all__]
 
 
 def __getattr__(name: str) -> Any:
-    return _forward.submodule(__name__, name)
+    if name not in _LATER:
+        return _forward.submodule(__name__, name)
+    globals()[name] = found = getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
 
 
 sys.meta_path.insert(0, _forward.Finder(__name__))

@@ -26,6 +26,7 @@ from contextlib import ExitStack
 from functools import partial
 from multiprocessing import BufferTooShort
 from multiprocessing.reduction import ForkingPickler
+from operator import itemgetter
 from types import FunctionType
 from typing import Any, ClassVar, Final, NamedTuple, Self
 
@@ -64,25 +65,29 @@ class Entry(NamedTuple):
     numbers: Sequence[int]
 
 
+_LOCK_ORDER: Final = itemgetter(0, 1)
 _OURS: Final = ("mpchannel.", "multiprocessing.")  # modules whose lines are not where the user did something
 
 
 class Departure:
     """Where a port went: for the errors of whoever still uses the old object."""
 
-    __slots__ = ("how", "when", "where")
+    __slots__ = ("_code", "_how", "_line", "_through", "_when")
 
-    def __init__(self, how: str) -> None:
-        self.how = how
-        self.when = time.time()
+    def __init__(self, how: str, through: Callable[[], str] | None = None) -> None:
+        """*through*: what it left through. (Few departures are ever told of: as little as possible is done here.)"""
+        self._how = how
+        self._through = through
+        self._when = time.time()
         frame = sys._getframe(1)
         while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_OURS):
             frame = frame.f_back
-        self.where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        self._code, self._line = frame.f_code, frame.f_lineno
 
     def __str__(self) -> str:
-        clock = time.strftime("%H:%M:%S", time.localtime(self.when))
-        return f"{self.how} at {self.where} ({clock}, {time.time() - self.when:.1f} s ago)"
+        how = self._how if self._through is None else f"{self._how} through {self._through()}"
+        clock = time.strftime("%H:%M:%S", time.localtime(self._when))
+        return f"{how} at {self._code.co_filename}:{self._line} ({clock}, {time.time() - self._when:.1f} s ago)"
 
     def error(self) -> PortDetachedError:
         return PortDetachedError(f"this port was {self}; only its new holder can use it")
@@ -463,35 +468,52 @@ def post_moving(
     sent = [] if sent is None else sent
     locks = [lock for each in objects for lock in each._locks()]
     locks.append((id(end), 1, end.sending))
-    locks.sort(key=lambda lock: lock[:2])
+    locks.sort(key=_LOCK_ORDER)
+    post = partial(_post_held, end, pickled, objects, departure, doomed, check, sent)
+    if len(locks) == 3:  # one port: an ExitStack takes longer than the sending
+        with locks[0][2], locks[1][2], locks[2][2]:
+            return post()
     with ExitStack() as held:
         for _, _, lock in locks:
             held.enter_context(lock)
-        for place, each in enumerate(objects):
-            each._check_movable(f"transfer[{place}]")  # another thread may have closed or moved it since
-        entries = [each._pack_up() for each in objects]
-        parts, size = assemble(pickled, entries)
-        if check is not None:
-            check(size)
-        numbers = [number for entry in entries for number in entry.numbers]
-        accepted = lost = False
-        pending, interruption = list(objects), None
-        try:
-            accepted = not doomed and end.post_parts(parts, size, numbers, sent)
-            lost = not accepted
-        finally:
-            # Exceptions of signal handlers may come right behind the call that sends, and behind any of these.
-            while (sent or lost) and pending:
-                try:
-                    pending[-1]._left(departure, end.peer_pid, lost=lost)
-                    pending.pop()
-                except BaseException as error:
-                    interruption = error
-        if interruption is not None:
+        return post()
+
+
+def _post_held(
+    end: SocketEnd,
+    pickled: bytes | Pickled,
+    objects: Sequence[Transferable],
+    departure: Departure,
+    doomed: bool,
+    check: Callable[[int], object] | None,
+    sent: list[int],
+) -> bool:
+    """``post_moving`` with all locks held."""
+    for place, each in enumerate(objects):
+        each._check_movable(f"transfer[{place}]")  # another thread may have closed or moved it since
+    entries = [each._pack_up() for each in objects]
+    parts, size = assemble(pickled, entries)
+    if check is not None:
+        check(size)
+    numbers = [number for entry in entries for number in entry.numbers]
+    accepted = lost = False
+    pending, interruption = list(objects), None
+    try:
+        accepted = not doomed and end.post_parts(parts, size, numbers, sent)
+        lost = not accepted
+    finally:
+        # Exceptions of signal handlers may come right behind the call that sends, and behind any of these.
+        while (sent or lost) and pending:
             try:
-                raise interruption
-            finally:
-                del interruption  # a frame that holds what it raises is a cycle
+                pending[-1]._left(departure, end.peer_pid, lost=lost)
+                pending.pop()
+            except BaseException as error:
+                interruption = error
+    if interruption is not None:
+        try:
+            raise interruption
+        finally:
+            del interruption  # a frame that holds what it raises is a cycle
     return accepted
 
 

@@ -53,6 +53,9 @@ INLINE_MAX: Final = 160 * 1024
 """Largest packet sent through the socket itself (its usual limit is 212,960 bytes). Up to there a copy through the
 socket costs a quarter of one through fresh memory: 11 against 74 us for 128 KiB."""
 BUFFER: Final = INLINE_MAX + 64
+SMALL: Final = 4096
+"""Larger packets cost less in the socket than in the overflow file, which needs fresh pages. A flood of smaller ones is
+quicker through the file: its reader needs one call for thousands. So nobody waits for room in the socket for these."""
 SLOT_FROM: Final = 48 * 1024
 """Smallest packet that goes through a slot."""
 _SLOT_TRIES: Final = 64
@@ -144,7 +147,7 @@ class SocketEnd:
         self._middling = 0  # packets that could have gone through a slot, while there was none
         self._bells: list[Bell] = []
         self.slow = 0  # how to take: see READ_AHEAD. Whoever sets it says True
-        self.hot = False  # the last message came quickly
+        self.hot = True  # the last message came quickly, or the first one may: a reply to what is just being sent
         self._yielded = 0  # messages in a row that came at the first yield
         self._timed = False
         self._waiting = False  # for room: still set at the next post, if a signal handler's exception ended that
@@ -324,7 +327,8 @@ class SocketEnd:
         memory = None
         # On a busy machine every yield takes milliseconds: no second wait after one that a signal handler ended, or
         # signals that come often would keep the thread here for ever.
-        tries, self._waiting = 1 if self._waiting else _ROOM_TRIES + min(size, INLINE_MAX) // _ROOM_TRY, False
+        at_once, self._waiting = self._waiting or (size < SMALL and not numbers), False
+        tries = 1 if at_once else _ROOM_TRIES + min(size, INLINE_MAX) // _ROOM_TRY
         until = time.perf_counter() + _ROOM_PATIENCE
         for _ in range(tries):
             try:
@@ -344,6 +348,8 @@ class SocketEnd:
                     return False  # plain data must not use up the user's descriptors in flight
                 if error.errno not in _NO_ROOM:
                     raise
+            if at_once:
+                return False
             self._waiting = True
             waiting = queued(sock)
             os.sched_yield()

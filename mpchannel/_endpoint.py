@@ -492,10 +492,13 @@ class Endpoint(EventTarget, Transferable):
         for call in self._afterwards:
             call()
 
+    def _describe(self) -> Callable[[], str]:
+        """What it is called, to be asked when it is gone."""
+        return partial(_name, type(self).__name__, self._link.channel, self._link.side)
+
     def __repr__(self) -> str:
         link = self._link
-        number = int.from_bytes(link.channel[8:], "little")
-        about = [f"{link.channel[:2].hex()}-{number}/{link.side}", self._state.value]
+        about = [_id(link.channel, link.side), self._state.value]
         if self._departure is not None:
             about[1:] = [str(self._departure)]
         elif self._state is State.OPEN:
@@ -539,10 +542,12 @@ class Endpoint(EventTarget, Transferable):
         """This port was moved away; *lost*: to where nobody will receive it. *tell* the other end who holds it now."""
         link = self._link
         with self.lock:
-            self._watch(Watched.NOT)
+            if self._watched:
+                self._watch(Watched.NOT)
             self._state = State.DETACHED
             self._departure = departure
-            self._clear_listeners()
+            if self._listeners:
+                self._clear_listeners()
         link.moved_to(pid, tell=tell)
         if lost:
             link.close("undeliverable")
@@ -598,6 +603,14 @@ class Endpoint(EventTarget, Transferable):
         self._state = State.DETACHED
         self._departure = departure
         link.stay_behind(departure.error)
+
+
+def _id(channel: bytes, side: int) -> str:
+    return f"{channel[:2].hex()}-{int.from_bytes(channel[8:], 'little')}/{side}"
+
+
+def _name(kind: str, channel: bytes, side: int) -> str:
+    return f"<{kind} {_id(channel, side)}>"
 
 
 _WORDS: Final = {

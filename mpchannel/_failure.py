@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
-
 from . import _clone
 from .errors import RemoteError
 
@@ -12,6 +10,8 @@ Packed = tuple[bytes | None, str]
 
 
 def pack_error(error: BaseException) -> Packed:
+    import traceback  # which takes as long to import as half of mpchannel
+
     text = "".join(traceback.format_exception(error))
     try:
         return _clone.dumps(error), text

@@ -10,13 +10,12 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
 
-class Finder(MetaPathFinder, Loader):
+class Finder:
     """Finds ``package.name`` where ``multiprocessing.name`` exists and *package* has no such module itself."""
 
     def __init__(self, package: str) -> None:
@@ -33,7 +32,7 @@ class Finder(MetaPathFinder, Loader):
         theirs = sys.modules[package].__name__.replace(self.prefix[:-1], "multiprocessing", 1)
         if not self._exists(theirs + fullname[len(package) :]):
             return None
-        return ModuleSpec(fullname, self)
+        return ModuleSpec(fullname, self)  # type: ignore[arg-type]  # no ABC: importlib.abc takes a millisecond
 
     @staticmethod
     def _exists(name: str) -> bool:
@@ -41,6 +40,9 @@ class Finder(MetaPathFinder, Loader):
             return importlib.util.find_spec(name) is not None
         except ModuleNotFoundError:
             return False  # not even its package does
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """As usual."""
 
     def exec_module(self, module: ModuleType) -> None:
         # What is imported is what then stands here. (Giving it from create_module() would rename the real one.)

@@ -215,11 +215,11 @@ def _own(number: int) -> Socket:
     return _owned(Socket(*_kind(), number))
 
 
-def _owned(sock: Socket) -> Socket:
+def _owned(sock: Socket, identity: tuple[int, int] | None = None) -> Socket:
     if sock.gettimeout() is not None:  # socket.setdefaulttimeout() was called; it would set O_NONBLOCK
         sock.settimeout(None)
     number = sock.fileno()
-    _sockets[number] = _Entry(weakref.ref(sock), _identity(number))
+    _sockets[number] = _Entry(weakref.ref(sock), identity or _identity(number))
     return sock
 
 
@@ -315,11 +315,12 @@ class Descriptors(_Owner):
 
     def claim_socket(self) -> Socket:
         """The next one, as a socket. Raises ``OSError`` if it is none."""
-        if not stat.S_ISSOCK(os.fstat(self._numbers[0]).st_mode):
+        status = os.fstat(self._numbers[0])
+        if not stat.S_ISSOCK(status.st_mode):
             raise OSError(errno.ENOTSOCK, "a descriptor that came with a message is no socket")
         with crossing:
             self._claimed.extend(map(Socket, *map(repeat, _kind()), self._pop()))
-            return _owned(self._claimed.pop())
+            return _owned(self._claimed.pop(), (status.st_dev, status.st_ino))
 
     def claim_pipe(self) -> Pipe:
         """The next one, as the reading end of a pipe. Raises ``IndexError`` if there is none."""
@@ -334,6 +335,8 @@ class Descriptors(_Owner):
         if count > len(self._numbers):
             raise ValueError(f"{count} descriptors were announced and {len(self._numbers)} came")
         self.spent = True
+        if count == len(self._numbers):
+            return self  # making another one takes longer than all else here
         some = Descriptors()
         some._numbers.extend(self._pop(count))
         return some

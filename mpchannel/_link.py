@@ -23,7 +23,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, NoReturn, Protocol, final
 
-from ._end import BUFFER, READ_AHEAD, Buffer, Hand, SocketEnd, Taken, spare_buffers
+from ._end import BUFFER, READ_AHEAD, SMALL, Buffer, Hand, SocketEnd, Taken, spare_buffers
 from ._kernel import (
     NOW,
     PEEK,
@@ -63,7 +63,6 @@ from .errors import DataCloneError, PortClosedError
 
 _LOAN_LOOK: Final = 0.02  # seconds between two looks whether the start of a process that a link is lent to has failed
 _GARBAGE: Final = 0xFF  # the kind of a packet that will not load
-_SMALL: Final = 4096  # larger packets cost less in the socket than in the overflow file, which needs fresh pages
 # Every open link of this process, by id(). With its socket: what is referred to from here is not finalised with the
 # garbage a link may be part of, so the link can still say goodbye.
 _links: dict[int, tuple[weakref.ref[Link], Socket]] = {}
@@ -402,7 +401,7 @@ class Link(SocketEnd):
         sock = self._sock
         if sock is None:
             return
-        if not inbox.left and not inbox.exhausted(linger=0 < taken < _SMALL, writer_gone=not taken and hung_up(sock)):
+        if not inbox.left and not inbox.exhausted(linger=0 < taken < SMALL, writer_gone=not taken and hung_up(sock)):
             return
         while not inbox.left:
             # The announcement; the socket has the rest. (A reset comes first, and once, if the other end died.)

@@ -13,6 +13,7 @@ import io
 import multiprocessing.connection as stdlib
 import multiprocessing.reduction
 from _thread import _count as other_threads
+from functools import partial
 from typing import Any, Self, final
 
 from . import _kernel
@@ -161,7 +162,7 @@ class Connection(Transferable, stdlib.Connection):
         if type(data) is bytes:
             accepted = end.post(data)
         elif moving.objects:
-            accepted = post_moving(end, data, moving.objects, Departure(f"sent through {self!r}"))
+            accepted = post_moving(end, data, moving.objects, Departure("sent", partial(str, repr(self))))
         else:
             accepted = end.post_parts(*assemble(data))
         if not accepted:

@@ -148,7 +148,7 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
             self._link,
             pickled,
             objects,
-            Departure(f"{how} through {self!r}"),
+            Departure(how, self._describe()),
             doomed=doomed,
             check=self._check_room,
             sent=sent,

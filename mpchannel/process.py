@@ -13,7 +13,6 @@ import multiprocessing.process as stdlib
 import multiprocessing.queues
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from functools import cached_property, partial
 from types import TracebackType
@@ -138,6 +137,8 @@ def _cannot_start(
         before(kind, error, trace)
         return
     sys.excepthook = before
+    import traceback  # which takes as long to import as half of mpchannel
+
     lose_arrivals("".join(traceback.format_exception(kind, error, trace)))
     error.add_note(
         f"{name} could not start: what it was given could not be loaded in the new process. It imports the main module "

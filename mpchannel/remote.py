@@ -18,7 +18,6 @@ port is over, so are its lanes, whoever closed it.
 
 from __future__ import annotations
 
-import inspect
 import os
 import threading
 import weakref
@@ -164,6 +163,8 @@ class _Exposed:
         found = getattr(self._obj, name) if name else self._obj
         if kind == _GET:
             return found
+        import inspect  # which takes as long to import as half of mpchannel
+
         on_loop = inspect.iscoroutinefunction(found) or inspect.isasyncgenfunction(found)
         become = partial(_arrived, AsyncProxy if on_loop else Proxy)
         result = found(*map(become, args), **{key: become(each) for key, each in kwargs.items()})
