@@ -156,6 +156,12 @@ class SocketEnd:
     def open(self) -> bool:
         return self._sock is not None
 
+    @property
+    def number(self) -> int | None:
+        """The descriptor to wait on; ``None`` if it tells nothing: the end is released, or something was put back."""
+        sock = self._sock
+        return None if sock is None or (self.slow and self.recovered) else sock.fileno()
+
     def fileno(self) -> int:
         sock = self._sock
         if sock is None:
