@@ -15,13 +15,15 @@ context
 ipc, _window            named channels between a parent and its children; window, a process's own message target
 worker                  Worker, parent_port, worker_data
 remote                  expose, wrap: objects that live behind a port
-_task, workerpool             WorkerPool: an Executor of workers
+_task, workerpool       WorkerPool: an Executor of workers
+_trace                  trace: what messages do, in a file
 _forward                the rest of multiprocessing
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -48,13 +50,16 @@ from .sharedbuffer import SharedBuffer
 from .worker import Worker, parent_port, worker_data
 
 if TYPE_CHECKING:
+    from ._trace import trace
     from .remote import awrap, expose, release, wrap
     from .workerpool import WorkerPool
 
 __version__ = "0.1.0"
 
 # Imported when asked for: they take as long as all the rest (concurrent.futures, inspect).
-_LATER = {"WorkerPool": "workerpool"} | dict.fromkeys(("awrap", "expose", "release", "wrap"), "remote")
+_LATER = {"WorkerPool": "workerpool", "trace": "_trace"} | dict.fromkeys(
+    ("awrap", "expose", "release", "wrap"), "remote"
+)
 
 # Everything that `multiprocessing` has, of a context that is ours.
 _forwarded = [name for name in dir(default_context) if not name.startswith("_") and name != "current"]
@@ -92,6 +97,7 @@ __all__ = [
     "receive_message_on_port",
     "release",
     "report",
+    "trace",
     "wait",
     "window",
     "worker_data",
@@ -112,3 +118,8 @@ def __dir__() -> list[str]:
 
 
 sys.meta_path.insert(0, _forward.Finder(__name__))
+
+if "MPCHANNEL_TRACE" in os.environ or "MPCHANNEL_TRACE_SPOOL" in os.environ:
+    from ._trace import from_environment
+
+    from_environment()

@@ -11,6 +11,7 @@ import mpchannel
 
 from .bench import command as bench
 from .demo import command as demo
+from .look import trace
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, room, summary in (
         ("demo", demo, "channels at work: searches files with a worker process"),
         ("bench", bench, "measure channels and multiprocessing.Pipe side by side, or pools"),
+        ("trace", trace, "tell what a trace says, and draw it"),
     ):
         command = commands.add_parser(name, help=summary)
         room.add_arguments(command)

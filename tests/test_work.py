@@ -41,7 +41,7 @@ CEILINGS = {
     "post, 50,000 behind": Ceiling(1.03, 5.2, 10.2),
     "take, 20,000 behind": Ceiling(0.01, 2.2, 8.2),
     "wait for one of 100": Ceiling(4.02, 114, 425, kept=1),
-    "listener on a loop": Ceiling(2.04, 9.3, 21.3),
+    "listener on a loop": Ceiling(2.04, 8.4, 19.5),
     "create and close": Ceiling(16.05, 63.1, 46.1, kept=1),
     "hand over, use, close": Ceiling(24.1, 182.1, 190.1, kept=4),
     "move a buffer": Ceiling(17.1, 93.1, 105.1, kept=4),
