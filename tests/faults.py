@@ -45,6 +45,28 @@ ANYWHERE = (
     errno.ENOSPC,
     errno.EPERM,
 )
+SENDING = (errno.EPIPE, errno.ECONNRESET, errno.ETOOMANYREFS, errno.EMSGSIZE)
+GONE = (errno.EPIPE, errno.ECONNRESET)
+SHORT, KILL, KILL_AFTER, EXIT, EXIT_AFTER = "short", "kill", "kill, done", "_exit", "_exit, done"
+LAST = (KILL, KILL_AFTER, EXIT, EXIT_AFTER)
+Fault = int | str
+
+_OS = (
+    "close",
+    "closerange",
+    "eventfd",
+    "eventfd_read",
+    "eventfd_write",
+    "fstat",
+    "ftruncate",
+    "lseek",
+    "memfd_create",
+    "open",
+    "posix_fallocate",
+    "preadv",
+    "pwrite",
+    "pwritev",
+)
 _SOCKET = ("recv_into", "recvmsg_into", "send", "sendmsg", "setsockopt", "shutdown")
 _CAN_BE_SHORT = ("preadv", "pwrite", "pwritev", "recvmsg_into")
 # What these say of a descriptor that is open, Linux says to nobody. (close(2) closes, whatever it says.)
