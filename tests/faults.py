@@ -614,6 +614,139 @@ SCENARIOS: dict[str, Callable[[World], None]] = {
 }
 
 
+# Scenarios that a process of its own plays, and may not survive. It says on *log* how far it came.
+
+
+def _messages(first: Any, second: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """Of every kind; from the middle on they overflow."""
+    yield "small", ()
+    yield b"l" * 400_000, ()
+    yield b"m" * 400_000, ()
+    yield "a port", (first,)
+    for number in range(16):
+        yield bytes([number]) * 64_000, ()
+    yield "overflows", ()
+    yield "another port", (second,)
+    yield b"v" * 2_000_000, ()
+    yield "last", ()
+
+
+def posts(port: Any, first: Any, second: Any, log: int) -> None:
+    for message, ports in _messages(first, second):
+        if port.post_message(message, ports):
+            os.write(log, b".")
+    port.close()
+
+
+def receives(port: Any, log: int) -> None:
+    for message in port:
+        os.write(log, b".")
+        if message == "last":
+            break
+    port.close()
+
+
+def moves(carrier: Any, port: Any, count: int, log: int) -> None:
+    """*port* overflows; *count* messages are received here, and then it goes on."""
+    for _ in range(count):
+        port.recv()
+        os.write(log, b".")
+    carrier.post_message("it moves", [port])
+    carrier.close()
+
+
+class Doomed:
+    """A child process that plays a scenario and ends at the fault; what it said before that."""
+
+    def __init__(self, seam: Seam, target: Callable[..., None], *arguments: Any) -> None:
+        out, into = os.pipe()
+
+        def play() -> None:
+            os.close(out)
+            seam.armed = True
+            target(*arguments, into)
+            seam.armed = False
+            os.write(into, pickle.dumps(seam.calls))
+
+        process = mpchannel.get_context("fork").Process(target=play)
+        process.start()
+        os.close(into)
+        with open(out, "rb") as log:
+            said = log.read()
+        process.join()
+        self.exitcode = process.exitcode
+        process.close()
+        self.steps = len(said) - len(said.lstrip(b"."))
+        """That it told of as done."""
+        self.calls: Counter[str] = pickle.loads(said[self.steps :]) if said[self.steps :] else Counter()
+
+
+def last_posts(seam: Seam) -> Doomed:
+    """What was posted arrives, in order, and then the close; a port in it works, one that is not is closed."""
+    ours, theirs = mpchannel.MessageChannel()
+    pairs = [mpchannel.MessageChannel() for _ in range(2)]
+    doomed = Doomed(seam, posts, theirs, pairs[0].port2, pairs[1].port2)
+    sent = [message for message, _ in _messages(None, None)]
+    arrived: list[Any] = []
+    came: list[Any] = []
+    with suppress(mpchannel.PortClosedError):
+        while True:
+            event = ours.receive(5)
+            arrived.append(event.data)
+            came += event.ports
+    assert arrived == sent[: len(arrived)], "lost, doubled or out of order"
+    assert len(arrived) in (doomed.steps, doomed.steps + 1), f"{doomed.steps} posted, {len(arrived)} received"
+    for pair, port in zip(pairs, came, strict=False):
+        pair.port1.post_message("there")
+        assert port.recv(5) == "there"
+    for pair in pairs[len(came) :]:
+        assert pair.port1.wait_closed(5)
+    return doomed
+
+
+def last_receives(seam: Seam) -> Doomed:
+    """Whoever posted, or holds the other end of a port that was posted, learns of it."""
+    ours, theirs = mpchannel.MessageChannel()
+    pairs = [mpchannel.MessageChannel() for _ in range(2)]
+    for message, ports in _messages(pairs[0].port2, pairs[1].port2):
+        assert ours.post_message(message, ports)
+    doomed = Doomed(seam, receives, theirs)
+    assert ours.wait_closed(5).reason in ("died", "closed")
+    assert not ours.post_message("in vain")
+    assert ours.buffered_amount == 0
+    for pair in pairs:
+        assert pair.port1.wait_closed(5)
+    return doomed
+
+
+def last_moves(seam: Seam) -> Doomed:
+    """The port is here, with all that was not received there, or is closed."""
+    ours, theirs = mpchannel.MessageChannel()
+    near, far = mpchannel.MessageChannel()
+    expected = deque[Any]()
+    _full(near, expected)
+    for message in ("last but one", "last"):
+        near.post_message(message)
+        expected.append(message)
+    count = len(expected) - 2  # of which the last one is in the file
+    doomed = Doomed(seam, moves, theirs, far, count)
+    try:
+        (port,) = ours.receive(5).ports
+    except mpchannel.PortClosedError:
+        assert near.wait_closed(5)
+    else:
+        assert doomed.steps == count
+        assert [port.recv(5), port.recv(5)] == ["last but one", "last"]
+        near.post_message("works")
+        assert port.recv(5) == "works"
+    return doomed
+
+
+LAST_SCENARIOS: dict[str, Callable[[Seam], Doomed]] = {
+    scenario.__name__: scenario for scenario in (last_posts, last_receives, last_moves)
+}
+
+
 # Running them
 
 
@@ -634,11 +767,17 @@ def _settled(before: list[str]) -> bool:
 def run(seam: Seam, scenario: Callable[[World], None]) -> str:
     """One run; its outcome. Raises what was broken."""
     world = World(seam)
+    checked(seam, lambda: scenario(world))
+    return world.outcome
+
+
+def checked(seam: Seam, play: Callable[[], Any]) -> Any:
+    """What *play* returns. Raises ``Broken`` if it left something open, or something could be told to nobody."""
     unraisable: list[str] = []
     sys.unraisablehook = lambda details: unraisable.append(f"{details.exc_value!r} in {details.object!r}")
     before = _descriptors()
     try:
-        scenario(world)
+        result = play()
     finally:
         seam.armed = False
         sys.unraisablehook = sys.__unraisablehook__
@@ -647,7 +786,7 @@ def run(seam: Seam, scenario: Callable[[World], None]) -> str:
         raise Broken(f"left open: {set(_descriptors()) - set(before)}")
     if unraisable:
         raise Broken(f"raised where nobody can be told: {unraisable}")
-    return world.outcome
+    return result
 
 
 def faults_of(call: str) -> tuple[Fault, ...]:
@@ -670,23 +809,24 @@ def occurrences(count: int) -> list[int]:
 def try_all(name: str, table: Counter[tuple[str, str, str]], broken: list[str]) -> None:
     """All faults of one scenario."""
     seam = Seam()
-    scenario = SCENARIOS[name]
+    last = LAST_SCENARIOS.get(name)
     with seam.installed():
-        with suppress(Broken):
-            run(seam, scenario)  # makes what is made once
-        seam.target = None
-        seam.calls.clear()
-        run(seam, scenario)
-        for call, count in sorted(seam.calls.copy().items()):
+        calls = _calls_of(seam, name)
+        for call, count in sorted(calls.items()):
             for occurrence in occurrences(count):
-                for fault in faults_of(call):
+                for fault in faults_of(call) if last is None else LAST:
                     seam.aim(call, occurrence, fault)
                     word = errno.errorcode[fault] if isinstance(fault, int) else fault
                     faulthandler.dump_traceback_later(60, exit=True)
                     try:
-                        outcome = run(seam, scenario)
+                        if last is None:
+                            outcome = run(seam, SCENARIOS[name])
+                        else:
+                            doomed = checked(seam, lambda: last(seam))
+                            seam.fired = doomed.exitcode == -signal.SIGKILL or not doomed.calls
+                            outcome = "told to the others"
                     except BaseException as error:  # noqa: BLE001  # all of them are told at the end
-                        outcome = "BROKEN"
+                        outcome, seam.fired = "BROKEN", True
                         broken.append(f"{name}: {call} #{occurrence} {word}: {type(error).__name__}: {error}")
                         del error
                         gc.collect()
@@ -694,6 +834,22 @@ def try_all(name: str, table: Counter[tuple[str, str, str]], broken: list[str]) 
                     if seam.fired:
                         table[call, word, outcome] += 1
         faulthandler.cancel_dump_traceback_later()
+
+
+def _calls_of(seam: Seam, name: str) -> Counter[str]:
+    """How often a scenario makes each call."""
+    last = LAST_SCENARIOS.get(name)
+    if last is not None:
+        with suppress(Broken):
+            checked(seam, lambda: last(seam))  # makes what is made once
+        doomed: Doomed = checked(seam, lambda: last(seam))
+        assert doomed.calls
+        return doomed.calls
+    with suppress(Broken):
+        run(seam, SCENARIOS[name])
+    seam.calls.clear()
+    run(seam, SCENARIOS[name])
+    return seam.calls.copy()
 
 
 def show(table: Counter[tuple[str, str, str]]) -> None:
@@ -709,7 +865,7 @@ def main(*names: str) -> int:
     table: Counter[tuple[str, str, str]] = Counter()
     broken: list[str] = []
     _clone.prepare()
-    for name in names or SCENARIOS:
+    for name in names or (*SCENARIOS, *LAST_SCENARIOS):
         try_all(name, table, broken)
     show(table)
     for each in broken:
