@@ -404,7 +404,8 @@ class SocketEnd:
     ) -> None:
         """The socket is full: begin an overflow file with the record *first*."""
         outbox = Outbox(with_lane=bool(first[2]))
-        outbox.append(*first, None)
+        if not outbox.append(*first, None):
+            raise OSError(errno.ENOBUFS, "a new overflow file takes nothing")
         outbox.memory.seal(SEAL_SHRINK)
         numbers = [outbox.memory.fileno()]
         if outbox.far_lane is not None:
