@@ -11,7 +11,7 @@ import mpchannel
 
 from .bench import command as bench
 from .demo import command as demo
-from .look import trace
+from .look import top, trace
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, room, summary in (
         ("demo", demo, "channels at work: searches files with a worker process"),
         ("bench", bench, "measure channels and multiprocessing.Pipe side by side, or pools"),
+        ("top", top, "show who holds which end, and what waits where, of a running program"),
         ("trace", trace, "tell what a trace says, and draw it"),
     ):
         command = commands.add_parser(name, help=summary)
