@@ -71,6 +71,7 @@ class End(IntEnum):
     HOPS_POSTED = auto()
     HOPS_ARRIVED = auto()
     LEFT = auto()  # how its holder parted with it
+    LENT = auto()  # 1: its holder gave it to a process that ends by itself
 
 
 class Left(IntEnum):
@@ -345,7 +346,7 @@ class Player:
             self.fail(Life.DOUBLES, f"{state}: {mine[End.TAKEN]} messages came, and {other[End.BEGUN]} were posted")
         reasons = {Left.CLOSED: {"closed"}, Left.COLLECTED: {"collected"}}.get(other[End.LEFT], set())
         if self.ledger.may_be_dead(other):
-            reasons = reasons | {"died", "undeliverable", "exited"}
+            reasons = reasons | {"died", "undeliverable"} | ({"exited"} if other[End.LENT] else set())
         if reason not in reasons:
             self.fail(Life.DAMAGES, f"{state}: the other end is {reason!r}, and not {reasons}: {list(other)}")
         mine[End.LEFT] = Left.TOLD
@@ -513,15 +514,18 @@ class Process(Player):
 
     def lend(self, held: Held) -> None:
         """Give the end to a process that plays with it and sends it back."""
+        if held.port.closed:
+            return
         self.life[Life.SOJOURNS] += 1
         home, away = mpchannel.MessageChannel()
         arguments = (self.generation, self.ledger, away, repr(self.dice.random()), self.largest, held.state, held.port)
-        if held.port.closed:
-            return
         process = multiprocessing.get_context("fork").Process(target=sojourn, args=arguments)
+        end = self.ledger.end(held.state.name, held.state.side)
+        end[End.LENT] = 1
         try:
             process.start()
         except mpchannel.ChannelError:  # closed, or an interrupted message must be received first
+            end[End.LENT] = 0
             self.life[Life.REFUSED] += 1
             return
         self.held.remove(held)
@@ -530,6 +534,7 @@ class Process(Player):
                 event = home.receive(PATIENCE)
                 kind, what = event.data
                 if kind == "end":
+                    end[End.LENT] = 0
                     self.held.append(Held(what, *event.ports))
                 else:
                     self.tell.post_message((kind, what))
