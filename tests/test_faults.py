@@ -20,9 +20,9 @@ def injected(*arguments: str) -> int:
 
 @pytest.mark.parametrize("scenario", faults.SCENARIOS)
 def test_a_call_that_fails_or_is_short_loses_nothing_and_what_it_was_for_works_at_the_next_try(scenario: str) -> None:
-    assert injected(scenario) > 80
+    assert injected("--few", scenario) > 50
 
 
 @pytest.mark.parametrize("scenario", faults.LAST_SCENARIOS)
 def test_a_process_may_end_at_any_call_and_the_others_learn_of_it_and_lose_nothing(scenario: str) -> None:
-    assert injected(scenario) > 80
+    assert injected("--few", scenario) > 50
