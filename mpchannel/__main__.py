@@ -9,6 +9,7 @@ import sys
 
 import mpchannel
 
+from . import doctor
 from .bench import command as bench
 from .demo import command as demo
 
@@ -26,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, room, summary in (
         ("demo", demo, "channels at work: searches files with a worker process"),
         ("bench", bench, "measure channels and multiprocessing.Pipe side by side, or pools"),
+        ("doctor", doctor, "does this machine have what channels need? What is missing, with a remedy"),
     ):
         command = commands.add_parser(name, help=summary)
         room.add_arguments(command)

@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_task", "remote"),
     ("workerpool",),
     ("__init__",),
-    ("demo",),
+    ("demo", "doctor"),
     ("bench",),
     ("__main__",),
 )
