@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("context",),
     ("sharedctypes", "pool", "managers", "worker"),
     ("_task", "remote"),
-    ("workerpool",),
+    ("workerpool", "testing"),
     ("__init__",),
     ("demo", "doctor"),
     ("bench",),
