@@ -9,6 +9,7 @@ import sys
 
 import mpchannel
 
+from . import doctor
 from .bench import command as bench
 from .demo import command as demo
 from .look import top, trace
@@ -29,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("bench", bench, "measure channels and multiprocessing.Pipe side by side, or pools"),
         ("top", top, "show who holds which end, and what waits where, of a running program"),
         ("trace", trace, "tell what a trace says, and draw it"),
+        ("doctor", doctor, "does this machine have what channels need? What is missing, with a remedy"),
     ):
         command = commands.add_parser(name, help=summary)
         room.add_arguments(command)

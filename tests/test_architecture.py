@@ -29,9 +29,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("context",),
     ("sharedctypes", "pool", "managers", "worker"),
     ("_task", "remote"),
-    ("workerpool",),
+    ("workerpool", "testing"),
     ("__init__",),
-    ("demo",),
+    ("demo", "doctor"),
     ("bench", "look"),
     ("__main__",),
 )
