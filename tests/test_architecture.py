@@ -21,6 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_clone", "_delivery"),
     ("_endpoint", "_failure"),
     ("port", "_answer", "_claims", "sharedbuffer"),
+    ("_plain",),
     ("channel",),
     ("connection", "queues", "ipc", "_window", "_stream", "_trace"),
     ("_given",),
