@@ -179,6 +179,13 @@ class Link(SocketEnd):
         _links[id(self)] = weakref.ref(self, partial(_links.pop, id(self))), sock
 
     def __del__(self) -> None:
+        # Twice: a signal handler's exception, which nobody gets here, may end the first (but for its first line).
+        try:
+            self._finalise()
+        finally:
+            self._finalise()
+
+    def _finalise(self) -> None:
         if getattr(self, "_sock", None) is not None and os.getpid() == _this_process:  # (interrupted while made?)
             self.close("collected")
         # Else: a child was forked a moment ago and lost the state of the parent's other threads, even before any

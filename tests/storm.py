@@ -91,6 +91,7 @@ class Life(IntEnum):
     RECEIVED = auto()
     HANDOVERS = auto()
     INTERRUPTS = auto()
+    FINALISERS = auto()  # interrupts that came in one
     FORKS = auto()
     SOJOURNS = auto()
     AGAIN = auto()
@@ -102,7 +103,7 @@ class Life(IntEnum):
     DAMAGES = auto()
 
 
-_FIELDS = 16
+_FIELDS = 20
 
 
 class Ledger:
@@ -347,6 +348,8 @@ class Player:
         reasons = {Left.CLOSED: {"closed"}, Left.COLLECTED: {"collected"}}.get(other[End.LEFT], set())
         if self.ledger.may_be_dead(other):
             reasons = reasons | {"died", "undeliverable"} | ({"exited"} if other[End.LENT] else set())
+        if other[End.LEFT] == Left.COLLECTED and self.ledger.life(other[End.HOLDER])[Life.FINALISERS]:
+            reasons = reasons | {"died"}  # an interrupt in the first line of a finaliser: nothing of it is done
         if reason not in reasons:
             self.fail(Life.DAMAGES, f"{state}: the other end is {reason!r}, and not {reasons}: {list(other)}")
         mine[End.LEFT] = Left.TOLD
@@ -615,10 +618,12 @@ def work(generation: int, ledger: Ledger, tell: Port, seed: str, largest: int, l
     def interrupt(_: int, frame: Any) -> None:
         if _interruptible[0] and frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
             life[Life.INTERRUPTS] += 1
+            while frame is not None:
+                life[Life.FINALISERS] += frame.f_code.co_name == "__del__"
+                frame = frame.f_back
             raise KeyboardInterrupt
 
     def unraisable(details: Any) -> None:
-        # An interrupt may come in the midst of a finaliser.
         if not isinstance(details.exc_value, KeyboardInterrupt):
             tell.post_message(("failure", f"process {generation}: {details.exc_value!r} in {details.object!r}"))
 
@@ -650,6 +655,7 @@ class Figures:
     kills: int = 0
     stops: int = 0
     interrupts: int = 0
+    finalisers: int = 0
     forks: int = 0
     sojourns: int = 0
     again: int = 0

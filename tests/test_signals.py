@@ -281,6 +281,40 @@ def test_an_interrupt_behind_any_call_of_a_post_leaves_the_socket_no_more_room_t
     assert behind > 50
 
 
+def test_an_interrupt_behind_any_call_of_a_finaliser_keeps_the_goodbye(monkeypatch: pytest.MonkeyPatch) -> None:
+    unraisable: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda details: unraisable.append(type(details.exc_value)))
+
+    def collect_interrupted(ports: list[Any], behind: int) -> bool:
+        left = [behind]
+
+        def profile(frame: FrameType, event: str, _: Any) -> None:
+            if event in ("call", "c_return") and frame.f_code.co_filename.startswith(children._PACKAGE):
+                left[0] -= 1
+                if not left[0]:
+                    raise Alarm
+
+        sys.setprofile(profile)
+        try:
+            ports.clear()
+        finally:
+            sys.setprofile(None)
+        return left[0] <= 0
+
+    interrupted, behind = True, 1  # not in the very first line: then nothing of the finaliser is done
+    while interrupted:
+        behind += 1
+        near, far = mpchannel.MessageChannel()
+        ports = [near]
+        del near
+        interrupted = collect_interrupted(ports, behind)
+        closed = far.wait_closed(10)
+        assert closed is not None
+        assert closed.reason == "collected", f"behind call {behind}"
+    assert behind > 10
+    assert unraisable == [Alarm] * (behind - 2)
+
+
 def test_a_storm_of_interrupts_on_moving_ports_moves_each_or_leaves_it() -> None:
     count = 1500
     with child(children.move_ports_in_a_storm, count) as (near, results):
