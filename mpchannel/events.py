@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar, final
+from typing import Any, Final, Generic, TypeVar, final
 
 __all__ = ["CloseEvent", "ErrorEvent", "Event", "EventTarget", "ExitEvent", "MessageErrorEvent", "MessageEvent"]
 __all__ += ["MessageTarget", "Reporter"]
 
 T = TypeVar("T")
+
+REFUSED: Final = (OSError, RuntimeError)  # a limit of the system: descriptors, threads
 
 
 class Event:
@@ -221,7 +223,11 @@ class EventTarget:
                 return
             listener = _Listener(fn, once)
             self._listeners[type] = (*row, listener)
-            self._listeners_changed(type, listener)
+            try:
+                self._listeners_changed(type, listener)
+            except REFUSED:  # it is as if it had not been added, and can be
+                self._remove(type, listener)
+                raise
 
     def _remove(self, type: str, listener: _Listener) -> None:
         with self.lock:
@@ -244,12 +250,21 @@ class EventTarget:
                     self._remove(type, handler)
                 self._listeners_changed(type, None)
             elif handler is not None:
-                handler.call = fn
-                self._listeners_changed(type, handler)
+                before, handler.call = handler.call, fn
+                try:
+                    self._listeners_changed(type, handler)
+                except REFUSED:
+                    handler.call = before
+                    raise
             else:
                 self._handlers[type] = handler = _Listener(fn, once=False)
                 self._listeners[type] = (*self._listeners.get(type, ()), handler)
-                self._listeners_changed(type, handler)
+                try:
+                    self._listeners_changed(type, handler)
+                except REFUSED:
+                    del self._handlers[type]
+                    self._remove(type, handler)
+                    raise
 
     def _clear_listeners(self) -> None:
         with self.lock:

@@ -44,7 +44,7 @@ from ._endpoint import STALL_PAUSE, Endpoint, State, Watched, vigil
 from ._link import Link
 from ._wire import End, Parcel
 from .errors import BufferFull, DataCloneError, MessageError, PortClosedError
-from .events import CloseEvent, MessageErrorEvent, MessageEvent
+from .events import REFUSED, CloseEvent, MessageErrorEvent, MessageEvent
 
 __all__ = ["MessagePort"]
 
@@ -444,9 +444,14 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
 
     @onmessage.setter
     def onmessage(self, fn: Callable[[MessageEvent[RecvT]], Any] | None) -> None:
+        before = self._handler("message")
         self._set_handler("message", fn)
         if fn is not None:
-            self.start()
+            try:
+                self.start()
+            except REFUSED:
+                self._set_handler("message", before)
+                raise
 
     @property
     def onmessageerror(self) -> Callable[[MessageErrorEvent], Any] | None:

@@ -214,11 +214,15 @@ class Worker(MessageTarget):
             return
         self._watching = True
         try:
-            self._handle = handle = ProcessHandle(self._process.pid)
-        except ProcessLookupError:  # reaped by somebody else
-            at.call(self.turn)
-        else:
-            at.watch(handle, self, keep=True)  # type: ignore[arg-type]
+            try:
+                self._handle = handle = ProcessHandle(self._process.pid)
+            except ProcessLookupError:  # reaped by somebody else
+                at.call(self.turn)
+            else:
+                at.watch(handle, self, keep=True)  # type: ignore[arg-type]
+        except OSError:  # a limit of the system: whoever listens tries again
+            self._handle, self._watching = None, False
+            raise
 
     def turn(self) -> None:
         """For the home: the process has ended."""
