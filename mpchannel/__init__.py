@@ -16,6 +16,7 @@ ipc, _window            named channels between a parent and its children; window
 worker                  Worker, parent_port, worker_data
 remote                  expose, wrap: objects that live behind a port
 _task, workerpool             WorkerPool: an Executor of workers
+_status, _sockdiag      what waits where; _inspect: all of it, as plain data
 _forward                the rest of multiprocessing
 """
 
@@ -48,13 +49,16 @@ from .sharedbuffer import SharedBuffer
 from .worker import Worker, parent_port, worker_data
 
 if TYPE_CHECKING:
+    from ._inspect import inspect
     from .remote import awrap, expose, release, wrap
     from .workerpool import WorkerPool
 
 __version__ = "0.1.0"
 
 # Imported when asked for: they take as long as all the rest (concurrent.futures, inspect).
-_LATER = {"WorkerPool": "workerpool"} | dict.fromkeys(("awrap", "expose", "release", "wrap"), "remote")
+_LATER = {"WorkerPool": "workerpool", "inspect": "_inspect"} | dict.fromkeys(
+    ("awrap", "expose", "release", "wrap"), "remote"
+)
 
 # Everything that `multiprocessing` has, of a context that is ours.
 _forwarded = [name for name in dir(default_context) if not name.startswith("_") and name != "current"]
@@ -87,6 +91,7 @@ __all__ = [
     "cancelled",
     "expose",
     "get_context",
+    "inspect",
     "ipc",
     "parent_port",
     "receive_message_on_port",
