@@ -12,6 +12,7 @@ import mpchannel
 from . import doctor
 from .bench import command as bench
 from .demo import command as demo
+from .top import command as top
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, room, summary in (
         ("demo", demo, "channels at work: searches files with a worker process"),
         ("bench", bench, "measure channels and multiprocessing.Pipe side by side, or pools"),
+        ("top", top, "look at a running process and its children: who holds which port, and what waits where"),
         ("doctor", doctor, "does this machine have what channels need? What is missing, with a remedy"),
     ):
         command = commands.add_parser(name, help=summary)

@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_task", "remote", "_inspect"),
     ("workerpool", "testing"),
     ("__init__",),
-    ("demo", "doctor"),
+    ("demo", "doctor", "top"),
     ("bench",),
     ("__main__",),
 )
