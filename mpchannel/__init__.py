@@ -15,14 +15,16 @@ context
 ipc, _window            named channels between a parent and its children; window, a process's own message target
 worker                  Worker, parent_port, worker_data
 remote                  expose, wrap: objects that live behind a port
-_task, workerpool             WorkerPool: an Executor of workers
+_task, workerpool       WorkerPool: an Executor of workers
 _status, _sockdiag      what waits where; _inspect: all of it, as plain data
+_trace                  trace: what messages do, in a file
 _forward                the rest of multiprocessing
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -50,13 +52,14 @@ from .worker import Worker, parent_port, worker_data
 
 if TYPE_CHECKING:
     from ._inspect import inspect
+    from ._trace import trace
     from .remote import awrap, expose, release, wrap
     from .workerpool import WorkerPool
 
 __version__ = "0.1.0"
 
 # Imported when asked for: they take as long as all the rest (concurrent.futures, inspect).
-_LATER = {"WorkerPool": "workerpool", "inspect": "_inspect"} | dict.fromkeys(
+_LATER = {"WorkerPool": "workerpool", "inspect": "_inspect", "trace": "_trace"} | dict.fromkeys(
     ("awrap", "expose", "release", "wrap"), "remote"
 )
 
@@ -97,6 +100,7 @@ __all__ = [
     "receive_message_on_port",
     "release",
     "report",
+    "trace",
     "wait",
     "window",
     "worker_data",
@@ -117,3 +121,8 @@ def __dir__() -> list[str]:
 
 
 sys.meta_path.insert(0, _forward.Finder(__name__))
+
+if "MPCHANNEL_TRACE" in os.environ or "MPCHANNEL_TRACE_SPOOL" in os.environ:
+    from ._trace import from_environment
+
+    from_environment()

@@ -12,7 +12,7 @@ import mpchannel
 from . import doctor
 from .bench import command as bench
 from .demo import command as demo
-from .top import command as top
+from .look import top, trace
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name, room, summary in (
         ("demo", demo, "channels at work: searches files with a worker process"),
         ("bench", bench, "measure channels and multiprocessing.Pipe side by side, or pools"),
-        ("top", top, "look at a running process and its children: who holds which port, and what waits where"),
+        ("top", top, "show who holds which end, and what waits where, of a running program"),
+        ("trace", trace, "tell what a trace says, and draw it"),
         ("doctor", doctor, "does this machine have what channels need? What is missing, with a remedy"),
     ):
         command = commands.add_parser(name, help=summary)

@@ -543,14 +543,19 @@ def unpack(parcel: Parcel) -> tuple[Any, tuple[Any, ...]]:
     body, descriptors = parcel
     descriptors.complete()  # may find no room for them: then the parcel is as it was
     arrived: list[Transferable] = []
+    opened = False
     try:
         pickle_, buffers = _open(body, descriptors, arrived)
+        opened = True
         outer, _here.arriving = _here.arriving, arrived
         try:
             return loads(pickle_, buffers=buffers), tuple(each for each in arrived if each._in_ports)
         finally:
             _here.arriving = outer
     except BaseException as error:
+        if opened and isinstance(error, MemoryError):
+            descriptors.made, descriptors.spent = arrived, False
+            raise  # the parcel is as it was, but for what was made already
         bad = message_error(error, parcel)
         if bad is None and not descriptors.spent:
             raise  # nothing was made yet: the parcel is as it was
@@ -580,8 +585,10 @@ def _open(body: memoryview, descriptors: Descriptors, arrived: list[Transferable
     for _ in range(transferables):
         code, numbers, length = _ENTRY.unpack_from(body, at)
         at += _ENTRY.size
-        arrived.append(_kinds[code]._arrive(body[at : at + length], descriptors.take(numbers)))
+        if not descriptors.made:
+            arrived.append(_kinds[code]._arrive(body[at : at + length], descriptors.take(numbers)))
         at += length
+    arrived += descriptors.made
     sizes = [_SIZE.unpack_from(body, at + 8 * each)[0] for each in range(count)]
     at += 8 * count
     pickle_ = body[at : at + size]

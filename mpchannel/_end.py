@@ -156,6 +156,12 @@ class SocketEnd:
     def open(self) -> bool:
         return self._sock is not None
 
+    @property
+    def number(self) -> int | None:
+        """The descriptor to wait on; ``None`` if it tells nothing: the end is released, or something was put back."""
+        sock = self._sock
+        return None if sock is None or (self.slow and self.recovered) else sock.fileno()
+
     def fileno(self) -> int:
         sock = self._sock
         if sock is None:
@@ -398,7 +404,8 @@ class SocketEnd:
     ) -> None:
         """The socket is full: begin an overflow file with the record *first*."""
         outbox = Outbox(with_lane=bool(first[2]))
-        outbox.append(*first, None)
+        if not outbox.append(*first, None):
+            raise OSError(errno.ENOBUFS, "a new overflow file takes nothing")
         outbox.memory.seal(SEAL_SHRINK)
         numbers = [outbox.memory.fileno()]
         if outbox.far_lane is not None:

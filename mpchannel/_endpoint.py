@@ -41,6 +41,7 @@ from .events import CloseEvent, EventTarget, MessageErrorEvent, MessageEvent, _L
 
 _TROUBLE_PAUSE: Final = 0.05  # seconds until delivery tries again after a limit of the system was hit
 STALL_PAUSE: Final = 0.001  # seconds until somebody looks again at a large message that is being written
+_FULL_TURNS: Final = 3  # so many full turns, and the next ones may be longer: one message at a time is what is usual
 _LOOK_PAUSE: Final = 0.02  # seconds between two looks whether a port that is read by hand, or lent, is over
 
 
@@ -93,11 +94,13 @@ class Endpoint(EventTarget, Transferable):
         "_departure",
         "_enabled",
         "_end",
+        "_full_turns",
         "_home",
         "_link",
         "_look_due",
         "_parked",
         "_state",
+        "_turns",
         "_watched",
     )
 
@@ -119,6 +122,8 @@ class Endpoint(EventTarget, Transferable):
         self._enabled = False
         self._home: Home | None = None
         self._watched = Watched.NOT
+        self._turns = 1  # messages to take in one turn
+        self._full_turns = 0  # turns in a row that found so many
         self._parked = False  # a message is in the way of the close somebody waits for: look again after a take
         self._look_due = False
         self._closing: tuple[partial[None], ...] = ()  # coroutines that wait for the close
@@ -206,11 +211,15 @@ class Endpoint(EventTarget, Transferable):
             self._watch()
 
     def turn(self) -> None:
-        """For the home: the socket has something. Take and dispatch some of it."""
-        for _ in range(TURNS):
-            link = self._link
+        """For the home: the socket has something. Take and dispatch some of it.
+
+        As much as there was in the last turns, for to find nothing takes half as long as a message. A home asks again.
+        """
+        link = self._link
+        turns = TURNS if link.slow else self._turns
+        for _ in range(turns):
             hand: Hand = []
-            if not link.receiving.acquire(blocking=False):
+            if not link.receiving.acquire(False):
                 return  # a thread is receiving this very moment: it gets it
             try:
                 with self.lock:
@@ -230,11 +239,15 @@ class Endpoint(EventTarget, Transferable):
             finally:
                 link.receiving.release()
             if taken is None:
+                self._turns, self._full_turns = 1, 0
                 if link.stalled:
                     self._pause(STALL_PAUSE)
                 return
             if not self._deliver(taken, row, hand):
                 return
+        self._full_turns += 1
+        if self._full_turns > _FULL_TURNS:
+            self._turns = min(2 * turns, TURNS)
 
     def _take_if_over(self, hand: Hand) -> Taken | None:
         """Nobody listens for messages: take nothing but the end, and stop watching if a message is in the way."""
@@ -261,9 +274,13 @@ class Endpoint(EventTarget, Transferable):
             return False
         at = self._home or home()
         event: MessageEvent[Any] | MessageErrorEvent
+        pooled = type(taken) is Buffer
         try:
             try:
-                event = MessageEvent(self, *self._open(taken))
+                if pooled and not self._parked:
+                    event = MessageEvent(self, loads(taken))  # type: ignore[arg-type]
+                else:
+                    event = MessageEvent(self, *self._open(taken))
             except BaseException as error:
                 self._link.dropped += (hand,)
                 self._link.slow = True
@@ -276,8 +293,8 @@ class Endpoint(EventTarget, Transferable):
         except (OSError, MemoryError) as error:
             self._pause(_TROUBLE_PAUSE, error)
             return False
-        if type(taken) is Buffer:
-            spare_buffers.append(taken)
+        if pooled:
+            spare_buffers.append(taken)  # type: ignore[arg-type]
         results = self._dispatch(event, row, at.report)
         if results:
             at.run(results)

@@ -297,7 +297,7 @@ class Descriptors(_Owner):
     Those of an envelope are taken out when ``complete`` is called, which needs room for all of them.
     """
 
-    __slots__ = ("_awaited", "_claimed", "_envelope", "spent")
+    __slots__ = ("_awaited", "_claimed", "_envelope", "made", "spent")
 
     def __init__(self) -> None:
         super().__init__()
@@ -305,6 +305,7 @@ class Descriptors(_Owner):
         self._envelope: Socket | None = None
         self._awaited = 0
         self.spent = False  # somebody began to make things of them
+        self.made: list[Any] = []  # all of these, where the message then found no memory: for the next try
 
     def __len__(self) -> int:
         return len(self._numbers)

@@ -122,10 +122,8 @@ class Outbox:
             return False
         try:
             send_with(self._lane, (_TICKET.pack(self._tickets),), numbers)
-        except BlockingIOError:
-            return False
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # the reader left this file: the write will say so
+        except (BlockingIOError, BrokenPipeError, ConnectionResetError):
+            return False  # full; or the reader left this file
         return True
 
     def abandoned(self, sock: Socket) -> bool:

@@ -89,7 +89,7 @@ class Slots:
 
 
 class Slab:
-    """The receiver's side. (Not mapped, where that would cost one more descriptor than there should be.)"""
+    """The receiver's side. (Not mapped, where that cannot be, or costs one more descriptor than there should be.)"""
 
     __slots__ = ("__weakref__", "_room", "inode", "memory")
 
@@ -99,7 +99,10 @@ class Slab:
             raise ValueError("these are no slots")
         self.memory = memory
         self.inode = memory.inode
-        mapped = None if _full(_receivers) else memory.map(_SIZE)
+        try:
+            mapped = None if _full(_receivers) else memory.map(_SIZE)
+        except OSError:
+            mapped = None  # no address space (RLIMIT_AS), or no mapping to spare: it can be read all the same
         self._room = memoryview(mapped) if mapped is not None and not isinstance(mapped, bytearray) else None
         _receivers.add(self)
 

@@ -121,10 +121,11 @@ def unread(sock: Socket, described: bool) -> Iterator[Descriptors]:
         except BlockingIOError:
             return
         except OSError as error:
-            # A reset is told once; for what there is no room, the kernel closes the descriptors itself.
+            # A reset is told once; for what there is no room, the kernel closes the descriptors itself; and with the
+            # socket, those of all that cannot be read at all. (This runs in finalisers, where nobody could be told.)
             if error.errno in (errno.ECONNRESET, errno.EMFILE, errno.ENFILE):
                 continue
-            raise
+            return
         if not size:
             return
 

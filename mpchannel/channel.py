@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing.connection
+import select
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from typing import Any, Generic, Self, TypeVar, final
 
 from ._clone import prepare
-from ._kernel import Bell, explain
+from ._endpoint import STALL_PAUSE
+from ._kernel import Bell, explain, wait_readable
 from ._link import open_pair
 from .errors import PortClosedError
 from .events import MessageEvent
@@ -83,29 +83,73 @@ def wait(object_list: Iterable[Any], timeout: float | None = None) -> list[Any]:
     seconds.
     """
     waiting = list(object_list)
+    ready = _ready(waiting, 0.0)  # most often there is something, and no bell to hang on a thousand ports
+    if ready or timeout == 0:
+        return ready
     deadline = None if timeout is None else time.monotonic() + timeout
-    with ExitStack() as hung:
-        # A port may be moved away or closed by another thread while this one sleeps.
-        ports = [each for each in waiting if isinstance(each, MessagePort)]
-        bells: list[Any] = []
-        if ports:
-            bells.append(Bell())
-            for port in ports:
-                port._link.hang(bells[0])
-                hung.callback(port._link.take_down, bells[0])
+    bell = Bell()  # a port may be moved away or closed by another thread while this one sleeps
+    links = [each._link for each in waiting if isinstance(each, MessagePort)]
+    try:
+        for link in links:
+            link.hang(bell)
         while True:
-            for port in ports:
-                if port.detached:
-                    port.fileno()  # raises, and says where it went
-            over = [port for port in ports if port.closed or port._link.recovered]
-            left = 0.0 if over else None if deadline is None else max(0.0, deadline - time.monotonic())
-            rest = [each for each in waiting if each not in over]
-            ready = multiprocessing.connection.wait([*rest, *bells], left)
-            # A port's socket may hold a note between the two ends only, and no message.
-            ready = [each for each in ready if each not in bells and (not isinstance(each, MessagePort) or each.poll())]
-            if ready or over:
-                return [each for each in waiting if each in over or each in ready]
-            if deadline is not None and time.monotonic() >= deadline:
-                return []
-            for bell in bells:
+            left = None if deadline is None else deadline - time.monotonic()
+            ready = _ready(waiting, left, bell)
+            if ready or (left is not None and left <= 0):
+                return ready
+    finally:
+        for link in links:
+            link.take_down(bell)
+
+
+def _ready(waiting: list[Any], seconds: float | None, bell: Bell | None = None) -> list[Any]:
+    """Those that are ready, once one is, *bell* rings or *seconds* have passed; maybe none. One call of ``poll``."""
+    poller = select.poll()
+    asked: dict[int, Any] = {}
+    over: list[Any] = []
+    for each in waiting:
+        if isinstance(each, MessagePort):
+            number = each._link.number
+            if number is None:
+                if each.detached:
+                    each.fileno()  # raises, and says where it went
+                over.append(each)
+                continue
+        else:
+            number = _number(each)
+        if number in asked:
+            raise KeyError(f"{each!r} (descriptor {number}) is listed twice")
+        asked[number] = each
+        poller.register(number, select.POLLIN)
+    if bell is not None:
+        poller.register(bell, select.POLLIN)
+    if over:
+        seconds = 0.0
+    told = poller.poll(None if seconds is None else min(max(0.0, seconds), 86_400) * 1000)
+    if not told and not over:
+        return []
+    idle = False
+    found = set(map(id, over))
+    for number, _ in told:
+        each = asked.get(number)
+        if each is None:
+            if bell is not None:
                 bell.hush()
+        elif not isinstance(each, MessagePort) or each.poll():
+            found.add(id(each))
+        else:
+            idle = idle or each._link.stalled  # its socket is readable, and there is nothing to be had from it yet
+    if idle and not found and bell is not None:
+        wait_readable(None, bell, STALL_PAUSE)
+    return [each for each in waiting if id(each) in found]
+
+
+def _number(each: Any) -> int:
+    """The descriptor of what is not a port, with the errors of ``selectors``."""
+    try:
+        number = each if isinstance(each, int) else int(each.fileno())
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"Invalid file object: {each!r}") from None
+    if number < 0:
+        raise ValueError(f"Invalid file descriptor: {number}")
+    return number

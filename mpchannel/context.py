@@ -123,13 +123,17 @@ class StartingName(str):
         if process.here.packing is not None:
             return str, (str(self),)
         # An expression, because this package may only be found with the parent's path.
-        known = {"name": str(self), "method": self.method, "path": sys.path}
+        traced = sys.modules.get("mpchannel._trace")
+        spool = None if traced is None else traced.spool_of_trace()
+        known = {"name": str(self), "method": self.method, "path": sys.path, "spool": spool}
         return eval, (_BEGIN, known)
 
 
 _BEGIN: Final = (
     "(__import__('sys').path.__setitem__(slice(None), path), "
-    "__import__('mpchannel.context', fromlist=['context'])._begin_in_child(name, method))[1]"
+    "__import__('mpchannel.context', fromlist=['context'])._begin_in_child(name, method), "
+    # A fork server may be older than a trace, and so its environment.
+    "spool and __import__('mpchannel._trace', fromlist=['follow']).follow(spool))[1]"
 )
 
 

@@ -30,6 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # run in the background; programs under test inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "row(*ids): the rows of the behaviour tables that a test stands for")
+    config.addinivalue_line("markers", "soak: takes an hour; only when asked for, with -m soak")
     config.addinivalue_line("markers", "leaves(why): uses what stays until the process ends")
 
 

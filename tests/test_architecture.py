@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_endpoint", "_failure"),
     ("port", "_answer", "_claims", "sharedbuffer"),
     ("channel",),
-    ("connection", "queues", "ipc", "_window", "_stream"),
+    ("connection", "queues", "ipc", "_window", "_stream", "_trace"),
     ("_given",),
     ("reduction",),
     ("process",),
@@ -31,8 +31,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_task", "remote", "_inspect"),
     ("workerpool", "testing"),
     ("__init__",),
-    ("demo", "doctor", "top"),
-    ("bench",),
+    ("demo", "doctor"),
+    ("bench", "look"),
     ("__main__",),
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}

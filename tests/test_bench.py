@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mpchannel.bench import channels, figures, pools
+from mpchannel.bench import channels, figures, pools, scenarios
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -21,6 +22,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         timeout=110,
+        env=os.environ | {"COLUMNS": "200"},
     )
 
 
@@ -35,31 +37,72 @@ def test_bench_measures_every_scenario_with_both(tmp_path: Path) -> None:
     assert re.search(r"cores: \d+, rounds: 1$", ran.stdout, re.MULTILINE)
     written = json.loads((tmp_path / "figures.json").read_text())
     assert written["rounds"] == 1
-    assert len(written["scenarios"]) == len(channels.SCENARIOS)
+    assert len(written["scenarios"]) == len(scenarios.SCENARIOS)
     lines = ran.stdout.splitlines()
-    for scenario, raw in zip(channels.SCENARIOS, written["scenarios"], strict=True):
+    for scenario, raw in zip(scenarios.SCENARIOS, written["scenarios"], strict=True):
         assert raw["scenario"].startswith(scenario.name.partition("{")[0])
-        (line,) = [line for line in lines if line.startswith(raw["scenario"]) and line.endswith(scenario.better)]
-        _, unit, pipe, ours, ratio, _ = re.split(r" {2,}", line)
+        (line,) = [line for line in lines if re.match(re.escape(raw["scenario"]) + "  .*" + scenario.better, line)]
+        _, unit, pipe, ours, ratio, goal, met, p99, noise, _ = re.split(r" {2,}", line)
         assert unit == scenario.unit
         assert number(ours) > 0
-        assert raw["figures"]["mpchannel"] == [pytest.approx(number(ours), rel=0.05)]
+        (figure,) = raw["figures"]["mpchannel"]
+        if isinstance(figure, dict):
+            assert number(ours) == pytest.approx(figure["p50"], rel=0.05)
+            assert number(p99) == pytest.approx(figure["p99"], rel=0.05)
+            assert figure["p99"] >= figure["p50"]
+        else:
+            assert number(ours) == pytest.approx(figure, rel=0.05)
+            assert p99 == "-"
+        assert noise == "-"  # of one round
+        assert (goal == "-") == (scenario.goal is None)
         if scenario.name.startswith("burst"):
             assert number(pipe.removeprefix("stuck at ")) > 0
             assert raw["figures"]["Pipe"] == [{"stuck_after": number(pipe.removeprefix("stuck at "))}]
             assert ratio == "-"
+        elif scenario.name.endswith("a fork lives on"):
+            assert (pipe, ratio, met) == ("never", "-", "-")
         elif not scenario.pipe_can:
             assert (pipe, ratio) == ("-", "-")
             assert set(raw["figures"]) == {"mpchannel"}
         else:
             assert number(pipe) > 0
-            assert number(ratio) == pytest.approx(number(ours) / number(pipe), rel=0.05)
+            assert number(ratio.removesuffix("x")) == pytest.approx(number(ours) / number(pipe), rel=0.05)
+        if scenario.goal is not None:
+            reached = number(ours if scenario.goal.absolute else ratio.removesuffix("x"))
+            if reached != pytest.approx(scenario.goal.limit, rel=0.01):
+                assert met == ("yes" if (reached < scenario.goal.limit) == (scenario.better == "lower") else "no")
+
+
+def test_only_some_scenarios(tmp_path: Path) -> None:
+    ran = run(tmp_path, "--rounds", "2", "--scale", "0.01", "--only", "create", "--json", "figures.json")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    (row,) = json.loads((tmp_path / "figures.json").read_text())["scenarios"]
+    assert row["scenario"] == "create and close"
+    assert len(row["figures"]["Pipe"]) == len(row["figures"]["mpchannel"]) == 2
+    assert re.search(r"create and close .* \d+% +lower$", ran.stdout, re.MULTILINE)  # the noise
+
+
+def test_medians_p99_noise_and_goals_of_a_row() -> None:
+    row = {
+        "better": "lower",
+        "figures": {"Pipe": [4.0, 8.0, 6.0], "mpchannel": [{"p50": 1.0, "p99": 9.0}, {"p50": 3.0, "p99": 7.0}]},
+        "goal": {"limit": 0.4, "of": "ratio"},
+    }
+    assert channels.typical(row["figures"]["mpchannel"]) == 2.0
+    assert channels.typical(row["figures"]["mpchannel"], "p99") == 8.0
+    assert channels.noise(row["figures"]["mpchannel"]) == 0.5
+    assert channels.ratio(row) == pytest.approx(1 / 3)
+    assert channels.met(row) is True
+    assert channels.met(row | {"better": "higher"}) is False
+    assert channels.met(row | {"goal": {"limit": 1.5, "of": "figure"}}) is False
+    assert channels.met(row | {"figures": {"Pipe": [{"never": 0.5}], "mpchannel": [1.0]}}) is None
+    assert channels.typical([1.0, {"stuck_after": 7}, {"stuck_after": 5}]) == {"stuck_after": 5}
 
 
 def test_each_round_runs_both_right_after_each_other_in_alternating_order(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
 
-    def run_once(place: int, kind: int, times: int) -> Any:
+    def run_once(place: int, kind: int, times: int, module: str) -> Any:
         runs.append((place, kind))
         return 1.0
 
@@ -68,7 +111,7 @@ def test_each_round_runs_both_right_after_each_other_in_alternating_order(monkey
     expected = [
         (place, kind)
         for order in ((0, 1), (1, 0), (0, 1))
-        for place, scenario in enumerate(channels.SCENARIOS)
+        for place, scenario in enumerate(scenarios.SCENARIOS)
         for kind in order
         if kind == 1 or scenario.pipe_can
     ]
@@ -85,6 +128,8 @@ def test_each_round_runs_both_right_after_each_other_in_alternating_order(monkey
         (["--json", "missing/figures.json"], "missing/figures.json"),
         (["--pools", "--rounds", "0"], "--rounds must be at least 1"),
         (["--start-method", "spawn"], "with --pools only"),
+        (["--only", "create", "--pools"], "without --pools"),
+        (["--only", "nothing of the kind"], "no scenario has 'nothing of the kind' in its name"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_1(arguments: list[str], words: str, tmp_path: Path) -> None:
@@ -94,7 +139,7 @@ def test_bad_input_is_one_line_and_exit_code_1(arguments: list[str], words: str,
 
 
 def test_a_run_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    def run_once(place: int, kind: int, times: int) -> Any:
+    def run_once(place: int, kind: int, times: int, module: str) -> Any:
         raise figures.BenchError("it ended without a result")
 
     monkeypatch.setattr(channels, "run_once", run_once)

@@ -447,6 +447,68 @@ def test_plain_data_never_uses_up_the_descriptors_in_flight(unprivileged: str) -
     )
 
 
+# Address space (RLIMIT_AS)
+
+
+TIGHT = """
+    import pickle
+
+    def room(left):
+        "May map *left* bytes more; None: as many as it likes."
+        now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (hard if left is None else now + left, hard))
+
+    refusals = 0
+
+    def tightly(left, fn):
+        "What *fn* gives, with little room or, if it is refused that, with plenty."
+        global refusals
+        room(left)
+        try:
+            return fn()
+        except (MemoryError, OSError) as error:
+            assert isinstance(error, MemoryError) or error.errno == errno.ENOMEM, repr(error)
+            refusals += 1
+        finally:
+            room(None)
+        return fn()
+"""
+
+
+@pytest.mark.parametrize("size", [300_000, 3_000_000])
+@pytest.mark.parametrize("what", ["bytes", "buffer", "overflow"])
+def test_without_address_space_a_message_is_refused_or_waits_and_nothing_is_lost(what: str, size: int) -> None:
+    run(
+        TIGHT
+        + f"""
+    a, b = mpchannel.MessageChannel()
+    sent, got = [], []
+    size = {size}
+    for step in range(24):
+        mine, moving = mpchannel.MessageChannel()
+        body = bytes([step]) * size
+        message = pickle.PickleBuffer(bytearray(body)) if {what!r} == "buffer" else body
+        expected = []
+        if {what!r} == "overflow":
+            while a._link._outbox is None:
+                a.post_message(len(expected))
+                expected.append(len(expected))
+        left = step * size // 8
+        assert tightly(left, lambda: a.post_message(message, [moving]))
+        assert moving.detached
+        for number in expected:
+            assert tightly(left, lambda: b.recv(5)) == number
+        event = tightly(left, lambda: b.receive(5))
+        assert event.data == body
+        works(mine, event.ports[0])
+        assert not b.poll()
+        del event, message, body
+    assert refusals > 3, "there was room all the time"
+    """
+    )
+
+
 # Systems that lack something
 
 

@@ -495,6 +495,17 @@ def test_wait_wakes_when_a_message_comes(channel: Ends) -> None:
         assert mpchannel.wait([other.port1, channel[1]], HANG) == [channel[1]]
 
 
+def test_wait_names_what_it_cannot_wait_for(channel: Ends) -> None:
+    with pytest.raises(KeyError, match="listed twice"):
+        mpchannel.wait([channel[0], channel[1], channel[0]])
+    with pytest.raises(ValueError, match="Invalid file object: 'a port'"):
+        mpchannel.wait([channel[0], "a port"])
+    with pytest.raises(ValueError, match="Invalid file descriptor: -5"):
+        mpchannel.wait([channel[0], -5])
+    channel[0].post_message("x")
+    assert mpchannel.wait([channel[1]], HANG) == [channel[1]]
+
+
 def test_wait_takes_ports_connections_and_sentinels_together(context: Any) -> None:
     ours, theirs = mpchannel.MessageChannel()
     process = context.Process(target=children.echo, args=(theirs,))

@@ -1,4 +1,8 @@
-"""Ports handed around at random among four processes that post all the while: order exact, nothing lost or doubled."""
+"""Ports handed around at random among processes that post all the while: order exact, nothing lost or doubled.
+
+The first two tests are gentle; then ``tests.storm`` rages: among kills, stops, interrupts, forks. A long one is
+``pytest -m soak tests/test_storm.py``, of an hour, or MPCHANNEL_SOAK_SECONDS.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +14,18 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import pytest
+
 import mpchannel
 
-from . import children
+from . import children, storm
 
 PROCESSES = 4
 CHANNELS = 5
 HANDOVERS = 200
 
 
-class Storm:
+class Juggling:
     """Four processes with a mesh of ports between them, and bystanders that may be killed."""
 
     def __init__(self, context: Any, seed: int, bystanders: int = 0) -> None:
@@ -119,20 +125,53 @@ class Storm:
 
 
 def test_200_handovers_among_four_processes_under_concurrent_posting_keep_every_order(context: Any) -> None:
-    storm = Storm(context, random.randrange(1 << 32))
-    with storm.raging():
-        storm.handovers(HANDOVERS)
-        ends, _ = storm.stop()
-        assert storm.check(ends) > 1000
+    juggling = Juggling(context, random.randrange(1 << 32))
+    with juggling.raging():
+        juggling.handovers(HANDOVERS)
+        ends, _ = juggling.stop()
+        assert juggling.check(ends) > 1000
 
 
 def test_handovers_among_kills_of_bystanders_collections_and_closes_keep_every_order(context: Any) -> None:
-    storm = Storm(context, random.randrange(1 << 32), bystanders=3)
-    with storm.raging():
-        for process, gate in storm.bystanders:
-            storm.handovers(storm.dice.randrange(20, 60))
+    juggling = Juggling(context, random.randrange(1 << 32), bystanders=3)
+    with juggling.raging():
+        for process, gate in juggling.bystanders:
+            juggling.handovers(juggling.dice.randrange(20, 60))
             os.kill(process.pid, signal.SIGKILL)
-            assert gate.wait_closed(5).reason == "died", f"seed {storm.seed}"
-        ends, closes = storm.stop()
-        storm.check(ends)
-        assert closes == ["died"] * 3 * PROCESSES, f"seed {storm.seed}"
+            assert gate.wait_closed(5).reason == "died", f"seed {juggling.seed}"
+        ends, closes = juggling.stop()
+        juggling.check(ends)
+        assert closes == ["died"] * 3 * PROCESSES, f"seed {juggling.seed}"
+
+
+# Storms
+
+SOAK_SECONDS = float(os.environ.get("MPCHANNEL_SOAK_SECONDS", "3600"))
+
+
+def rage(seconds: float, processes: int, method: str) -> storm.Figures:
+    seed = random.randrange(1 << 32)
+    print(
+        f"python -m tests.storm --seed {seed} --seconds {seconds:g} --processes {processes} --method {method}",
+        flush=True,
+    )
+    figures = storm.rage(seed, seconds, processes, method)
+    print(figures)
+    return figures
+
+
+@pytest.mark.parametrize(("processes", "method"), [(4, "fork"), (8, "fork"), (5, "spawn"), (5, "forkserver")])
+def test_a_storm_of_kills_stops_interrupts_and_forks_loses_doubles_reorders_and_leaks_nothing(
+    processes: int, method: str
+) -> None:
+    figures = rage(6, processes, method)
+    figures.leaked_memory = 0  # other tests may have some of this system's memory now
+    assert figures.bad == {}
+    assert min(figures.kills, figures.stops, figures.interrupts, figures.handovers, figures.received) > 0
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(SOAK_SECONDS + 600)
+def test_soak() -> None:
+    figures = rage(SOAK_SECONDS, 8, "fork")
+    assert figures.bad == {}

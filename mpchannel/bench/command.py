@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scale", metavar="X", type=float, help="messages or calls per run, as a factor (default: 1.0)"
     )
+    parser.add_argument("--only", metavar="TEXT", default="", help="scenarios that have TEXT in their name")
     parser.add_argument("--json", metavar="FILE", help="write the figures of each run into FILE as well")
 
 
@@ -43,6 +44,9 @@ def run(options: argparse.Namespace) -> int:
             raise BenchError("--rounds must be at least 1, and --scale more than 0")
         if options.start_method and not options.pools:
             raise BenchError("--start-method is of use with --pools only")
+        if options.only and options.pools:
+            raise BenchError("--only is of use without --pools")
+        channels.chosen(options.only)
         if options.json:
             open(options.json, "a").close()  # better now than after the run
         with MessageChannel():
@@ -56,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
             pools.print_figures(rows)
         else:
             channels.print_about(about)
-            rows = channels.measure(rounds, scale)
+            rows = channels.measure(rounds, scale, options.only)
             channels.print_figures(rows)
         if options.json:
             with open(options.json, "w") as file:
