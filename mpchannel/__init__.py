@@ -16,6 +16,7 @@ ipc, _window            named channels between a parent and its children; window
 worker                  Worker, parent_port, worker_data
 remote                  expose, wrap: objects that live behind a port
 _task, workerpool       WorkerPool: an Executor of workers
+_status, _sockdiag      what waits where; _inspect: all of it, as plain data
 _trace                  trace: what messages do, in a file
 _forward                the rest of multiprocessing
 """
@@ -50,6 +51,7 @@ from .sharedbuffer import SharedBuffer
 from .worker import Worker, parent_port, worker_data
 
 if TYPE_CHECKING:
+    from ._inspect import inspect
     from ._trace import trace
     from .remote import awrap, expose, release, wrap
     from .workerpool import WorkerPool
@@ -57,7 +59,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Imported when asked for: they take as long as all the rest (concurrent.futures, inspect).
-_LATER = {"WorkerPool": "workerpool", "trace": "_trace"} | dict.fromkeys(
+_LATER = {"WorkerPool": "workerpool", "inspect": "_inspect", "trace": "_trace"} | dict.fromkeys(
     ("awrap", "expose", "release", "wrap"), "remote"
 )
 
@@ -92,6 +94,7 @@ __all__ = [
     "cancelled",
     "expose",
     "get_context",
+    "inspect",
     "ipc",
     "parent_port",
     "receive_message_on_port",

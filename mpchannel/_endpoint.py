@@ -33,6 +33,8 @@ from ._delivery import TURNS, Home, home, loop_home
 from ._end import Buffer, Hand, Taken, spare_buffers
 from ._kernel import Bell, Descriptors, Memory, Socket, exit_code
 from ._link import Link, Loan, rest_if_ending
+from ._sockdiag import alive
+from ._status import status
 from ._wire import End, Parcel
 from .errors import ChannelError, DataCloneError, MessageError, PortClosedError
 from .events import CloseEvent, EventTarget, MessageErrorEvent, MessageEvent, _Listener
@@ -87,6 +89,7 @@ class Endpoint(EventTarget, Transferable):
     __slots__ = (
         "__weakref__",
         "_afterwards",
+        "_born",
         "_closing",
         "_departure",
         "_enabled",
@@ -117,6 +120,7 @@ class Endpoint(EventTarget, Transferable):
     def _begin(self, link: Link) -> None:
         EventTarget.__init__(self)
         self._link = link
+        self._born = time.monotonic()
         link.owner = weakref.ref(self)
         self._state = State.OPEN
         self._enabled = False
@@ -518,19 +522,44 @@ class Endpoint(EventTarget, Transferable):
         return partial(_name, type(self).__name__, self._link.channel, self._link.side)
 
     def __repr__(self) -> str:
-        link = self._link
-        about = [_id(link.channel, link.side), self._state.value]
+        about = [self._identity, self._state.value]
         if self._departure is not None:
             about[1:] = [str(self._departure)]
         elif self._state is State.OPEN:
             if self._enabled:
                 about.append("started")
-            if link.peer_pid:
-                here = link.peer_pid == os.getpid()
-                about.append("other end in this process" if here else f"other end in process {link.peer_pid}")
+            about += self._surroundings()
         elif self._end is not None:
             about.append(f"the other end {_WORDS[self._end.reason]}")
         return f"<{type(self).__name__} {', '.join(about)}>"
+
+    def _surroundings(self) -> list[str]:
+        """In words: who holds the other end, what waits, and for how long this port has been here."""
+        about, link = [], self._link
+        try:
+            if link.peer_pid == os.getpid():
+                about.append("other end in this process")
+            elif link.peer_pid:
+                ended = "" if alive(link.peer_pid) else ", which has ended"
+                about.append(f"other end in process {link.peer_pid}{ended}")
+            found = status(link)
+            if found is not None:
+                about += [
+                    f"{way} {waiting}" for way, waiting in zip(("in", "out"), found, strict=True) if waiting.bytes
+                ]
+        except OSError:
+            pass  # at a limit of the system, or closed this very moment: so this is all there is to say
+        return [*about, f"{self.age:.1f} s old"]
+
+    @property
+    def _identity(self) -> str:
+        """The channel, and which end of it."""
+        return _id(self._link.channel, self._link.side)
+
+    @property
+    def age(self) -> float:
+        """Seconds since this object was made, or arrived here."""
+        return time.monotonic() - self._born
 
     # Moving
 

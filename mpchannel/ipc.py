@@ -389,6 +389,7 @@ class Parent(_End):
     def __init__(self) -> None:
         super().__init__()
         self._quiet: AnyPort | None = None
+        self._asked: weakref.WeakKeyDictionary[AnyPort, str] = weakref.WeakKeyDictionary()  # for who looks inside
 
     def invoke(self, channel: str, *args: Any, timeout: float | None = None) -> Any:
         """What the function that the parent handles *channel* with returns for *args*.
@@ -428,6 +429,7 @@ class Parent(_End):
     def _ask(self, channel: str, args: tuple[Any, ...]) -> AnyPort:
         answer: AnyPort
         answer, theirs = MessageChannel()
+        self._asked[answer] = channel
         try:
             self._post(_INVOKE, channel, args, (theirs,))
         except BaseException:

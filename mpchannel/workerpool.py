@@ -344,6 +344,10 @@ class _Options:
         return PoolStream(self._pool, fn, args, kwargs, self)
 
 
+pools: Final[weakref.WeakSet[WorkerPool]] = weakref.WeakSet()
+"""For who looks inside."""
+
+
 class WorkerPool(concurrent.futures.Executor):
     """Workers that run calls, *max_workers* at a time (default: the cores this process may use).
 
@@ -396,6 +400,7 @@ class WorkerPool(concurrent.futures.Executor):
         self._plain = _Options(self, None, 0, None)
         self._plain._pool = weakref.proxy(self)  # else a cycle
         weakref.finalize(self, _dismiss, self._seats).atexit = False
+        pools.add(self)
 
     # What users type
 

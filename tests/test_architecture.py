@@ -14,11 +14,11 @@ PACKAGE = Path(mpchannel.__file__).parent
 # From the ground up; a room imports only from floors below its own.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "events", "_kernel", "_forward"),
-    ("_overflow", "_culprit", "_recycle", "_slots"),
+    ("_overflow", "_culprit", "_recycle", "_slots", "_sockdiag"),
     ("_wire",),
     ("_end",),
     ("_link", "_shared"),
-    ("_clone", "_delivery"),
+    ("_clone", "_delivery", "_status"),
     ("_endpoint", "_failure"),
     ("port", "_answer", "_claims", "sharedbuffer"),
     ("_plain",),
@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("process",),
     ("context",),
     ("sharedctypes", "pool", "managers", "worker"),
-    ("_task", "remote"),
+    ("_task", "remote", "_inspect"),
     ("workerpool", "testing"),
     ("__init__",),
     ("demo", "doctor"),
