@@ -624,7 +624,8 @@ def work(generation: int, ledger: Ledger, tell: Port, seed: str, largest: int, l
             raise KeyboardInterrupt
 
     def unraisable(details: Any) -> None:
-        if not isinstance(details.exc_value, KeyboardInterrupt):
+        # An interrupt may come in a finaliser, and between opening a file and the block that closes it.
+        if not isinstance(details.exc_value, (KeyboardInterrupt, ResourceWarning)):
             tell.post_message(("failure", f"process {generation}: {details.exc_value!r} in {details.object!r}"))
 
     sys.unraisablehook = unraisable
