@@ -23,10 +23,11 @@ __all__ = ["inspect"]
 def inspect() -> dict[str, Any]:
     """What this process has, as plain data that ``json.dumps`` takes. Costs nothing when nobody calls it.
 
-    ``ports``: each open port, the oldest first: ``id`` (its channel, and which end), ``kind``, ``state``, ``started``, ``listeners`` (how
-    many of each event), ``peer`` (``pid`` of the process last known to hold the other end, whether that is ``here``,
-    whether it is ``alive``), ``in`` and ``out`` (what was posted and not yet taken: ``messages``, whether that is
-    ``exact`` or an upper bound, ``bytes``; ``None`` where the system does not tell), ``age`` in seconds.
+    ``ports``: each open port, the oldest first: ``id`` (its channel, and which end), ``kind``, ``state``, ``started``,
+    ``listeners`` (how many of each event), ``peer`` (``pid`` of the process last known to hold the other end, whether
+    that is ``here``, whether it is ``alive``), ``in`` and ``out`` (what was posted and not yet taken: ``messages``,
+    whether that is ``exact`` or an upper bound, ``bytes``; ``None`` where the system does not tell), ``age`` in
+    seconds.
     ``workers``: each running ``Worker``. ``pools``: each ``WorkerPool`` with its workers. ``calls``: each call that has
     no answer yet, with its ``kind``: ``pool``, ``remote`` or ``invoke``.
     """
