@@ -23,23 +23,21 @@ __all__ = ["inspect"]
 def inspect() -> dict[str, Any]:
     """What this process has, as plain data that ``json.dumps`` takes. Costs nothing when nobody calls it.
 
-    ``ports``: each open port: ``id`` (its channel, and which end), ``kind``, ``state``, ``started``, ``listeners`` (how
-    many of each event), ``peer`` (``pid`` of the process last known to hold the other end, whether that is ``here``,
-    whether it is ``alive``), ``in`` and ``out`` (what was posted and not yet taken: ``messages``, whether that is
-    ``exact`` or an upper bound, ``bytes``; ``None`` where the system does not tell), ``age`` in seconds.
+    ``ports``: each open port, the oldest first: ``id`` (its channel, and which end), ``kind``, ``state``, ``started``,
+    ``listeners`` (how many of each event), ``peer`` (``pid`` of the process last known to hold the other end, whether
+    that is ``here``, whether it is ``alive``), ``in`` and ``out`` (what was posted and not yet taken: ``messages``,
+    whether that is ``exact`` or an upper bound, ``bytes``; ``None`` where the system does not tell), ``age`` in
+    seconds.
     ``workers``: each running ``Worker``. ``pools``: each ``WorkerPool`` with its workers. ``calls``: each call that has
     no answer yet, with its ``kind``: ``pool``, ``remote`` or ``invoke``.
     """
-    ports = []
-    for link in open_links():
-        port = None if link.owner is None else link.owner()
-        if isinstance(port, Endpoint) and port._state is State.OPEN:
-            ports.append(_port(port))
+    owners = [None if link.owner is None else link.owner() for link in open_links()]
+    ports = [each for each in owners if isinstance(each, Endpoint) and each._state is State.OPEN]
     return {
         "pid": os.getpid(),
         "name": multiprocessing.process.current_process().name,
         "time": time.time(),
-        "ports": sorted(ports, key=lambda each: (-each["age"], each["id"])),
+        "ports": [_port(each) for each in sorted(ports, key=lambda each: each._born)],
         "workers": _workers(),
         "pools": [_pool(each) for each in _pools()],
         "calls": [*_pool_calls(), *_remote_calls(), *_invocations()],

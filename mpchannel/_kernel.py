@@ -60,7 +60,7 @@ _CUT: Final = int(getattr(socket, "MSG_CTRUNC", 0))
 
 _INTEGERS: Final = struct.Struct("i")
 _RIGHTS_ROOM = 4 * 256 + 32  # room for the control data of one packet
-_SIOCOUTQ = 0x5411  # <linux/sockios.h>
+_SIOCOUTQ, _SIOCINQ = 0x5411, 0x541B  # <linux/sockios.h>
 _MFD_NOEXEC_SEAL = 0x0008  # Linux 6.3; without it newer kernels complain in their log, or refuse (vm.memfd_noexec=2)
 _MADV_REMOVE = 9
 
@@ -446,6 +446,11 @@ def enclose(numbers: Sequence[int]) -> Socket:
 def queued(sock: Socket) -> int:
     """Bytes of kernel memory held by packets that were sent on *sock* and not yet received (0: all were)."""
     return int.from_bytes(fcntl.ioctl(sock.fileno(), _SIOCOUTQ, b"\0\0\0\0"), sys.byteorder)
+
+
+def unread(sock: Socket) -> int:
+    """Bytes of the packets that can be received from *sock*."""
+    return int.from_bytes(fcntl.ioctl(sock.fileno(), _SIOCINQ, b"\0\0\0\0"), sys.byteorder)
 
 
 # Room for a few packets that must get through a full socket; and back to what sockets have from the start, so that no

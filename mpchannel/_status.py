@@ -6,16 +6,12 @@ or in the midst of something, may be told of as it was a moment ago.
 
 from __future__ import annotations
 
-import fcntl
 import os
-import termios
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
-from ._kernel import queued
+from ._kernel import queued, unread
 from ._link import Link
 from ._sockdiag import UnixSocket, alive, packets, unix_socket
-
-_NUMBER: Final = 4
 
 
 class Waiting(NamedTuple):
@@ -48,7 +44,7 @@ def status(link: Link) -> Status | None:
         return None
     far = _far(os.fstat(sock.fileno()).st_ino)
     inbox, outbox, back = link._inbox, link._outbox, len(link._back)
-    size = int.from_bytes(fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(_NUMBER)), "little")
+    size = unread(sock)
     incoming = Waiting(back + (size > 0), not size, size)
     if far is not None:
         count, exact = packets(size, far.held)

@@ -14,13 +14,13 @@ import os
 import platform
 import select
 import socket
-import struct
 import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from . import _kernel
+from ._sockdiag import unix_socket
 from .channel import MessageChannel
 from .context import get_context
 
@@ -30,7 +30,6 @@ OK, NOTE, MISSING = "ok", "note", "missing"
 _FEW_DESCRIPTORS: Final = 1024
 _PATIENCE: Final = 30.0  # seconds for a process to start and answer
 _MIDDLING: Final = 160 * 1024  # bytes of the largest message that goes through a socket
-_NETLINK_SOCK_DIAG: Final = 4
 
 
 class Finding(NamedTuple):
@@ -144,13 +143,11 @@ def _leases() -> str:
 
 
 def _socket_diagnosis() -> str:
-    request = struct.pack("=IHHIIBBHIIIII", 40, 20, 0x301, 1, 0, socket.AF_UNIX, 0, 0, 0xFFFFFFFF, 0, 4, 0, 0)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as diagnosis:
-        diagnosis.settimeout(1)
-        diagnosis.send(request)
-        _, kind = struct.unpack_from("=IH", diagnosis.recv(1 << 16))
-        if kind == 2:  # NLMSG_ERROR
-            raise _Trouble("the kernel does not tell of UNIX sockets (CONFIG_UNIX_DIAG)")
+    one, other = _kernel.socket_pair()
+    one.send(b"xyz")
+    found = unix_socket(os.fstat(other.fileno()).st_ino)
+    if found is None or (found.peer, found.waiting) != (os.fstat(one.fileno()).st_ino, 3):
+        raise _Trouble("the kernel does not tell what waits in a UNIX socket (CONFIG_UNIX_DIAG)")
     return "NETLINK_SOCK_DIAG tells of UNIX sockets"
 
 
@@ -167,7 +164,7 @@ _FEATURES: Final[tuple[tuple[str, Callable[[], str], bool, str], ...]] = (
     ("process handles", _pidfd, True, f"pidfd_open, for Worker and close events: {_NEW_KERNEL}"),
     ("/proc", _proc, True, "mount it: mount -t proc proc /proc; containers need no option for that"),
     ("recycling", _leases, False, "without leases (F_SETLEASE) large messages use fresh memory each time: slower"),
-    ("socket diagnosis", _socket_diagnosis, False, "modprobe unix_diag, or allow NETLINK_SOCK_DIAG"),
+    ("socket diagnosis", _socket_diagnosis, False, "for top, and counts in repr(port): modprobe unix_diag"),
 )
 
 

@@ -159,6 +159,15 @@ def test_closed_and_moved_ports_are_not_listed() -> None:
     assert {each["id"] for each in inspect()["ports"]} <= before
 
 
+def test_ports_are_listed_from_the_oldest_on() -> None:
+    channels = [MessageChannel() for _ in range(20)]
+    mine = [port._identity for each in channels for port in each]
+    assert [each["id"] for each in inspect()["ports"] if each["id"] in mine] == mine
+    for each in channels:
+        with each:
+            pass
+
+
 def test_workers_are_listed_while_they_run() -> None:
     worker = mpchannel.Worker("signal:pause", name="lister")
     try:
