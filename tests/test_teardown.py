@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+import threading
 from typing import Any
 
 import pytest
+
+import mpchannel
 
 from . import children
 
@@ -144,3 +147,79 @@ def test_100_interpreters_that_end_in_random_order_are_silent(part: int, record_
     record_property("first seed", first)
     result = children.run_script(f"first, count = {first}, 20\n{TEARDOWNS}", "-W", "always", timeout=120)
     assert (result.returncode, result.stderr, result.stdout) == (0, "", ""), f"first seed {first}\n{result.stderr}"
+
+
+# Threads
+
+
+def test_8_threads_post_and_receive_on_one_port_and_nothing_is_lost_or_doubled() -> None:
+    near, far = mpchannel.MessageChannel[Any, Any]()
+    each = 500
+    got: list[list[Any]] = [[] for _ in range(8)]
+
+    def echo() -> None:
+        for message in far:
+            far.post_message(message)
+
+    def work(name: int) -> None:
+        for number in range(each):
+            near.post_message((name, number))
+            got[name].append(near.recv(30))
+
+    echoing = threading.Thread(target=echo)
+    threads = [threading.Thread(target=work, args=(name,)) for name in range(8)]
+    for thread in (echoing, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    near.close()
+    echoing.join(20)
+    taken = [message for some in got for message in some]
+    assert len(taken) == 8 * each
+    assert set(taken) == {(name, number) for name in range(8) for number in range(each)}
+    for some in got:
+        last = dict[int, int]()
+        for name, number in some:
+            assert last.get(name, -1) < number, "out of order"
+            last[name] = number
+
+
+# Whoever is stuck
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        ("b.receive()", "in receive"),
+        ("b.recv()", "in recv"),
+        ("b.poll(None)", "in poll"),
+        ("b.wait_closed()", "in wait_closed"),
+        ("mpchannel.wait([b])", "in wait"),
+        ("(a.post_message(1), a.drain())", "in drain"),
+    ],
+)
+def test_a_dump_of_a_stuck_program_says_who_waits_on_what(call: str, named: str) -> None:
+    result = children.run_script(
+        f"""
+import faulthandler, mpchannel, tempfile, threading, time
+a, b = mpchannel.MessageChannel()
+def stuck_here():
+    {call}
+threading.Thread(target=stuck_here, daemon=True).start()
+deadline = time.monotonic() + 20
+with tempfile.TemporaryFile("w+") as file:
+    while time.monotonic() < deadline:
+        file.seek(0)
+        file.truncate()
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        text = file.read()
+        frames = text.split("Thread 0x")[1]
+        if "in stuck_here" in frames and {named!r} in frames:
+            assert "mpchannel" in frames
+            break
+    else:
+        print(text)
+"""
+    )
+    assert (result.returncode, result.stderr, result.stdout) == (0, "", "")
