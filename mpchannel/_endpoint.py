@@ -394,6 +394,8 @@ class Endpoint(EventTarget, Transferable):
         """Leave. Idempotent. The other side gets ``close`` after everything posted before; what is queued here is
         dropped, and no handler of this port runs for it.
         """
+        if State is None:  # called by a finaliser when the interpreter has cleared this module: it said goodbye before
+            return
         with self.lock:
             if self._state is State.DETACHED or self._end is not None:
                 return

@@ -509,6 +509,9 @@ class Link(SocketEnd):
                     bounce(unread(sock, self._expected > 0))
                 finally:
                     self.receiving.release()
+            # A daemon thread that is inside one of these when the interpreter ends stays there, and finalisers that use
+            # the port come later still. There is nothing left to guard.
+            self.receiving, self.sending = threading.RLock(), threading.RLock()
             return
         shut(sock)
         self._let_go(sock)
