@@ -84,8 +84,26 @@ def shown(cell: Any) -> list[tuple[str, str]]:
     return masked
 
 
-def test_there_are_tutorials() -> None:
-    assert NOTEBOOKS
+def test_the_tutorials_are_one_course() -> None:
+    names = [path.name for path in NOTEBOOKS]
+    assert [name[:3] for name in names] == [f"{number:02}-" for number in range(1, 9)]
+    index = (ROOT / "tutorials" / "README.md").read_text("utf-8")
+    assert re.findall(r"\]\(([\w.-]+\.ipynb)\)", index) == names
+    for number, path in enumerate(NOTEBOOKS):
+        cells = nbformat.read(path, as_version=4).cells
+        assert "](README.md)" in cells[0].source
+        if number > 0:
+            assert f"]({names[number - 1]})" in cells[0].source.splitlines()[2]
+        if number + 1 < len(names):
+            assert cells[-1].source.endswith(f"]({names[number + 1]}).")
+
+
+@each_notebook
+def test_links_lead_to_files_that_are_there(path: Path) -> None:
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "markdown":
+            for target in re.findall(r"\]\(([^)#]+)\)", cell.source):
+                assert target.startswith("https://") or (path.parent / target).exists(), target
 
 
 @each_notebook
