@@ -7,7 +7,7 @@ _recycle                memory of large messages, used again
 _slots                  memory for those of middling size, that both ends share
 _clone                  messages <-> packets
 _delivery               who runs listeners
-port, channel           MessagePort, MessageChannel; _plain: ports whose messages are plain data
+port, channel           MessagePort, MessageChannel
 connection              Pipe, Connection
 sharedbuffer            SharedBuffer: memory that is shared, or moves
 reduction, process,     how ports get into other processes; the standard library's processes and contexts

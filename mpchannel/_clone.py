@@ -33,7 +33,7 @@ from typing import Any, ClassVar, Final, NamedTuple, Self
 from ._culprit import find_culprit
 from ._end import Buffer, SocketEnd
 from ._kernel import Descriptors
-from ._wire import PICKLE, REFUSED, Parcel
+from ._wire import PICKLE, Parcel
 from .errors import DataCloneError, MessageError, PortDetachedError
 
 loads = pickle.loads
@@ -570,46 +570,9 @@ def unpack(parcel: Parcel) -> tuple[Any, tuple[Any, ...]]:
             del bad  # see Endpoint._fumbled
 
 
-def open_plain(parcel: Parcel | None, kind: type[Any]) -> tuple[memoryview, tuple[Any, ...]]:
-    """(bytes of the message, ports) of a packet that may come from anybody: nothing of it is unpickled, and what came
-    along must be of that *kind*. Raises ``MessageError``; then what came along was closed as undeliverable.
-
-    *parcel*: ``None`` for a bare pickle.
-    """
-    if parcel is None:
-        raise MessageError("a message cannot be loaded: it is a pickle, which a port with a codec never loads", b"")
-    body, descriptors = parcel
-    descriptors.complete()  # may find no room for them: then the parcel is as it was
-    arrived: list[Any] = []
-    try:
-        if len(body) and body[0] == PICKLE:
-            raise pickle.UnpicklingError("it is a pickle, which a port with a codec never loads")
-        data, buffers = _open(body, descriptors, arrived, only=kind)
-        if next(buffers, None) is not None or not all(type(each) is kind for each in arrived):
-            raise pickle.UnpicklingError("it comes with what a port with a codec does not take")
-        return memoryview(data), tuple(arrived)
-    except BaseException as error:
-        bad = message_error(error, parcel)
-        if bad is None and not descriptors.spent:
-            raise  # nothing was made yet: the parcel is as it was
-        for each in arrived:
-            each._undelivered()
-        descriptors.close()
-        if bad is None:
-            raise
-        try:
-            raise bad from error
-        finally:
-            del bad  # see Endpoint._fumbled
-
-
-def _open(
-    body: memoryview, descriptors: Descriptors, arrived: list[Any], only: type[Any] | None = None
-) -> tuple[Any, Iterator[Any]]:
-    """The pickle and the buffers of a packet; fills *arrived*, with nothing but ports if *only* some may be."""
+def _open(body: memoryview, descriptors: Descriptors, arrived: list[Transferable]) -> tuple[Any, Iterator[Any]]:
+    """The pickle and the buffers of a packet; fills *arrived*."""
     kind = body[0] if len(body) else 0
-    if kind == REFUSED:
-        raise pickle.UnpicklingError(bytes(body[1:]).decode(errors="replace"))
     if kind == PICKLE:
         return body, iter(())
     if kind == _RAW:
@@ -622,8 +585,6 @@ def _open(
     for _ in range(transferables):
         code, numbers, length = _ENTRY.unpack_from(body, at)
         at += _ENTRY.size
-        if only is not None and code != only._code:
-            raise pickle.UnpicklingError("it comes with what a port with a codec does not take")
         if not descriptors.made:
             arrived.append(_kinds[code]._arrive(body[at : at + length], descriptors.take(numbers)))
         at += length

@@ -26,7 +26,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar, Final, NoReturn, Self
+from typing import Any, Final, NoReturn, Self
 
 from ._clone import Departure, Entry, Transferable, loads, message_error, unpack
 from ._delivery import TURNS, Home, home, loop_home
@@ -106,14 +106,10 @@ class Endpoint(EventTarget, Transferable):
 
     event_types = ("message", "messageerror", "close")
 
-    _coded: ClassVar[type[Any]]  # what this is where a link has a codec
-    _unpickles: ClassVar[bool] = True
-
     @classmethod
     def _of(cls, link: Link) -> Self:
         """The port around a link, as it is made or arrives: disabled, without listeners."""
-        kind: Any = cls if link.codec is None else cls._coded
-        port: Self = kind.__new__(kind)
+        port = cls.__new__(cls)
         port._begin(link)
         return port
 
@@ -281,7 +277,7 @@ class Endpoint(EventTarget, Transferable):
         pooled = type(taken) is Buffer
         try:
             try:
-                if pooled and self._unpickles and not self._parked:
+                if pooled and not self._parked:
                     event = MessageEvent(self, loads(taken))  # type: ignore[arg-type]
                 else:
                     event = MessageEvent(self, *self._open(taken))

@@ -44,9 +44,6 @@ from ._wire import (
     ANNOUNCE,
     CARRIER,
     CLOSE,
-    CODEC,
-    CODECS,
-    CODED,
     HANDOFF,
     HEADS_UP,
     HELD,
@@ -59,7 +56,6 @@ from ._wire import (
     Parcel,
     bounce,
     farewell,
-    too_large,
     unread,
     unwrap,
 )
@@ -143,10 +139,8 @@ class Link(SocketEnd):
         "_slab",
         "_taking",
         "channel",
-        "codec",
         "dropped",
         "lent",
-        "max_message",
         "owner",
         "side",
         "twin",
@@ -159,8 +153,6 @@ class Link(SocketEnd):
         super().__init__(sock, peer_pid)  # without the socket itself, until all is there: see __del__
         self.channel = channel  # 12 bytes, the same at both ends and nowhere else
         self.side = side  # 1 or 2: which of the two
-        self.codec: str | None = None  # of CODECS, or pickle; with it goes:
-        self.max_message: int | None = None  # bytes that a message may have
         self.lent: Loan | None = None
         self.owner: weakref.ref[Any] | None = None
         self.twin: weakref.ref[Link] | None = None  # the other end, as long as neither has moved
@@ -356,12 +348,12 @@ class Link(SocketEnd):
             spare_buffers.append(buffer)
             return self.take(hand, looks)
         if kind == CARRIER:
-            parcel = unwrap(memoryview(buffer)[:size], descriptors, self.max_message)
+            parcel = unwrap(memoryview(buffer)[:size], descriptors)
             spare_buffers.append(buffer)
         else:
             spare_buffers.append(buffer)
             try:
-                inbox = Inbox(descriptors, partial(too_large, limit=self.max_message))
+                inbox = Inbox(descriptors)
             except (OSError, IndexError):
                 parcel = Parcel(memoryview(b""), descriptors)  # no overflow file at all: it will not load
             else:
@@ -395,7 +387,7 @@ class Link(SocketEnd):
         packet = record.packet
         taken: Taken | None = packet
         if packet[0] == CARRIER:
-            taken = unwrap(packet, inbox.descriptors(record), self.max_message)
+            taken = unwrap(packet, inbox.descriptors(record))
         elif packet[0] != PICKLE:
             noted = self._keep_house(packet, len(packet))
             taken = None if noted else Parcel(memoryview(bytearray(packet)), Descriptors())
@@ -550,10 +542,7 @@ class Link(SocketEnd):
             self._inbox.rewind()
             self._inbox = None
         flags = self._owes * OWES | (self._slab is not None) * SLOTS
-        if self.codec is not None:
-            flags |= CODED
-            back.insert(0, CODEC.pack(CODECS.index(self.codec), self.max_message or 0))
-        head = HANDOFF.pack(self.channel, self.side, self.peer_pid or 0, self._expected, flags, len(self._back))
+        head = HANDOFF.pack(self.channel, self.side, self.peer_pid or 0, self._expected, flags, len(back))
         return b"".join((head, *back)), self._socket(), None if self._slab is None else self._slab.memory
 
     def lend(self, loan: Loan | None) -> None:
@@ -570,10 +559,6 @@ class Link(SocketEnd):
         if flags & SLOTS:
             link._slab = Slab(memory())
         at, back = HANDOFF.size, []
-        if flags & CODED:
-            place, limit = CODEC.unpack_from(luggage, at)
-            link.codec, link.max_message = CODECS[place], limit or None
-            at += CODEC.size
         for _ in range(count):
             size = int.from_bytes(luggage[at : at + 4], "little")
             back.append(memoryview(luggage)[at + 4 : at + 4 + size])
@@ -605,7 +590,6 @@ class Link(SocketEnd):
         link = Link(renew(self._socket()), self.channel, self.side, self.peer_pid, self._expected)
         link._owes = self._owes
         link._back, link.slow, link._slab = self._back, True, self._slab
-        link.codec, link.max_message = self.codec, self.max_message
         self._back = []
         self.stay_behind(_closed_here)
         return link

@@ -20,7 +20,7 @@ import errno
 import os
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple, final
 
 from ._kernel import (
@@ -156,9 +156,6 @@ class Record(NamedTuple):
     ticket: int = 0  # there is none: it has no descriptors
 
 
-Refusal = Callable[[int], memoryview | None]
-
-
 @final
 class Inbox:
     """The reader's side of one file."""
@@ -170,7 +167,6 @@ class Inbox:
         "_inode",
         "_lane",
         "_memory",
-        "_refuse",
         "_start",
         "first",
         "last",
@@ -179,12 +175,8 @@ class Inbox:
         "place",
     )
 
-    def __init__(self, descriptors: Descriptors, refuse: Refusal = lambda size: None) -> None:
-        """*descriptors*: the file, and the lane if there is one. Raises ``OSError`` if they are no such things.
-
-        *refuse* is told the size of a large packet before that is read; what it gives stands for the packet then.
-        """
-        self._refuse = refuse
+    def __init__(self, descriptors: Descriptors) -> None:
+        """*descriptors*: the file, and the lane if there is one. Raises ``OSError`` if they are no such things."""
         self._memory = descriptors.claim_memory()
         self._lane = descriptors.claim_socket() if len(descriptors) else None
         if not self._memory.sealed(SEAL_SHRINK):
@@ -233,11 +225,6 @@ class Inbox:
             if size > unread:
                 return False
             if size > len(read):
-                refused = self._refuse(size - 8)
-                if refused is not None:
-                    self.packets, self.first, self.last, self._ends = [refused], place, place, [at, at + size]
-                    self._data, self._start = memoryview(b""), at + size
-                    return True
                 read = self._memory.read(size, at)
             data, start, begin = memoryview(read), at, 0
         packets: list[memoryview | Record] = []

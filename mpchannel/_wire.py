@@ -12,7 +12,6 @@ By the first byte:
                  holder died
     HELD         the other end is now held by that process
     SLOT         (descriptors) a packet whose bytes are in memory that the two ends share
-    REFUSED      never sent: what stands for a packet that is too large, and says so
     others       packets that ``_clone`` made, whole
 
 House rule: nothing here has a state.
@@ -31,8 +30,6 @@ from ._overflow import Outbox
 
 PICKLE: Final = 0x80
 HEADS_UP, ANNOUNCE, CLOSE, HELD, CARRIER = 1, 2, 3, 4, 5
-REFUSED: Final = 0x12
-BESIDE_MESSAGE: Final = 1 << 16  # bytes of a packet that are not the message: heads, and what ports travel with
 HEADS_UP_PACKET: Final = bytes([HEADS_UP])
 ANNOUNCEMENT: Final = struct.Struct("<BQ")  # kind, the file's inode number
 PROCESS: Final = struct.Struct("<BBI")  # kind, reason (of CLOSE), pid
@@ -42,9 +39,6 @@ HANDOFF: Final = struct.Struct("<12sBIIBH")
 """Channel, side, pid of the other side, heads-ups taken whose packet is to come, OWES and SLOTS, packets put back."""
 OWES: Final = 1  # a heads-up was sent whose packet is to come
 SLOTS: Final = 2  # the memory of SLOT packets comes along
-CODED: Final = 4  # a codec and a limit follow
-CODEC: Final = struct.Struct("<BQ")  # its place in CODECS; bytes that a message may have, 0: any number
-CODECS: Final = ("json", "msgpack")
 
 REASONS: Final = ("closed", "collected", "exited", "died", "undeliverable")
 
@@ -76,19 +70,10 @@ def record(
     return (CARRIER_HEAD.pack(CARRIER, flags, count, size), *parts), CARRIER_HEAD.size + size, numbers
 
 
-def too_large(size: int, limit: int | None) -> memoryview | None:
-    """What stands for a packet of *size* bytes, at an end whose messages may have *limit*; ``None``: it is taken."""
-    if limit is None or size <= limit + BESIDE_MESSAGE:
-        return None
-    return memoryview(bytes([REFUSED]) + f"its packet has {size:,} bytes, and max_message_size is {limit:,}".encode())
-
-
-def unwrap(packet: memoryview, descriptors: Descriptors, limit: int | None = None) -> Parcel:
-    """A carrier's content; garbage comes out as an empty parcel. *limit*: see ``too_large``."""
+def unwrap(packet: memoryview, descriptors: Descriptors) -> Parcel:
+    """A carrier's content; garbage comes out as an empty parcel."""
     try:
         _, flags, count, size = CARRIER_HEAD.unpack_from(packet)
-        if limit is not None and (refused := too_large(size, limit)) is not None:
-            return Parcel(refused, descriptors)
         body = memoryview(bytearray(packet[CARRIER_HEAD.size :]))
         if flags & BODY_IN_MEMORY:
             memory = descriptors.claim_memory()

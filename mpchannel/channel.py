@@ -11,7 +11,6 @@ from ._clone import prepare
 from ._endpoint import STALL_PAUSE
 from ._kernel import Bell, explain, wait_readable
 from ._link import open_pair
-from ._plain import DEFAULT_LIMIT, check
 from .errors import PortClosedError
 from .events import MessageEvent
 from .port import MessagePort
@@ -31,14 +30,6 @@ class MessageChannel(Generic[One, Other]):
 
     Raises ``OSError`` at a limit of the system (named in its text, nothing left behind) and ``NotImplementedError``
     on a system without the kernel features that channels need.
-
-    *codec*: ``"json"`` or ``"msgpack"`` (which needs ``msgspec``), for a side that runs code you do not trust: messages
-    are plain data (``None``, ``bool``, ``int``, ``float``, ``str``, ``list``, ``dict``, with msgpack ``bytes``; a tuple
-    arrives as a list), and what arrives is parsed, never unpickled. Ports may go along if they have a codec themselves;
-    they arrive in ``event.ports`` only. *max_message_size*: bytes that an encoded message may have (default: 64 MiB);
-    above it posting raises ``DataCloneError``, and nothing is allocated for a larger one that comes nevertheless:
-    receiving it raises ``MessageError``. ``None``: no limit. Both go with the ports wherever these move. Raises
-    ``ValueError`` for others, and ``ModuleNotFoundError`` without msgspec.
     """
 
     __slots__ = ("port1", "port2")
@@ -46,19 +37,12 @@ class MessageChannel(Generic[One, Other]):
     port1: MessagePort[One, Other]
     port2: MessagePort[Other, One]
 
-    def __init__(self, *, codec: str | None = None, max_message_size: int | None = DEFAULT_LIMIT) -> None:
-        if codec is not None:
-            check(codec, max_message_size)
-        elif max_message_size != DEFAULT_LIMIT:
-            raise ValueError("max_message_size needs a codec: who may send pickles is trusted anyway")
+    def __init__(self) -> None:
         try:
             prepare()
         except OSError as error:
             raise explain(error, "create a channel") from error  # not even the files of an import could be opened
         one, two = open_pair()
-        if codec is not None:
-            one.codec = two.codec = codec
-            one.max_message = two.max_message = max_message_size
         self.port1 = MessagePort._of(one)
         self.port2 = MessagePort._of(two)
 

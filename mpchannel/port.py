@@ -177,16 +177,6 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
         self._limit = limit
 
     @property
-    def codec(self) -> str | None:
-        """``"json"`` or ``"msgpack"`` if messages are plain data, see ``MessageChannel``; ``None``: pickles."""
-        return None
-
-    @property
-    def max_message_size(self) -> int | None:
-        """Bytes that a message may have, of a port with a codec; ``None``: any number. It travels with the port."""
-        return None
-
-    @property
     def buffered_amount(self) -> int:
         """Bytes of memory held by messages posted here and not yet taken by the other side.
 

@@ -32,7 +32,6 @@ from . import _clone, _delivery, _kernel
 from ._clone import Departure
 from ._given import AnyPort, connections_in_use, given_ports
 from ._link import Link, begin_in_child, open_links
-from ._plain import PlainPort
 from ._recycle import give_back
 from ._shared import SharedEnd, open_shared_ends
 from ._wire import bounce, lose
@@ -214,7 +213,6 @@ def lose_arrivals(why: str) -> None:
 
 
 multiprocessing.reduction.register(MessagePort, _reduce_port)
-multiprocessing.reduction.register(PlainPort, _reduce_port)
 
 
 # fork: by inheritance

@@ -21,7 +21,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_clone", "_delivery", "_status"),
     ("_endpoint", "_failure"),
     ("port", "_answer", "_claims", "sharedbuffer"),
-    ("_plain",),
     ("channel",),
     ("connection", "queues", "ipc", "_window", "_stream", "_trace"),
     ("_given",),
