@@ -21,7 +21,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, NoReturn, Protocol, final
+from typing import Any, ClassVar, Final, NoReturn, Protocol, final
 
 from ._end import BUFFER, READ_AHEAD, SMALL, Buffer, Hand, SocketEnd, Taken, spare_buffers
 from ._kernel import (
@@ -38,7 +38,7 @@ from ._kernel import (
     socket_pair,
     taking_off,
 )
-from ._overflow import Inbox
+from ._overflow import Inbox, Refused, refuse_wrong
 from ._slots import HEAD, SLOT, Slab
 from ._wire import (
     ANNOUNCE,
@@ -63,6 +63,7 @@ from .errors import DataCloneError, PortClosedError
 
 _LOAN_LOOK: Final = 0.02  # seconds between two looks whether the start of a process that a link is lent to has failed
 _GARBAGE: Final = 0xFF  # the kind of a packet that will not load
+_DATA: Final = (0x10, 0x11, 0x12, 0x13, _GARBAGE)  # kinds of what ``_clone`` and ``_plain`` make, beside PICKLE
 # Every open link of this process, by id(). With its socket: what is referred to from here is not finalised with the
 # garbage a link may be part of, so the link can still say goodbye.
 _links: dict[int, tuple[weakref.ref[Link], Socket]] = {}
@@ -148,6 +149,7 @@ class Link(SocketEnd):
     )
 
     _has_slots = True
+    _largest: ClassVar[int | None] = None  # see ``unwrap``
 
     def __init__(self, sock: Socket, channel: bytes, side: int, peer_pid: int | None, expected: int = 0) -> None:
         super().__init__(sock, peer_pid)  # without the socket itself, until all is there: see __del__
@@ -219,6 +221,11 @@ class Link(SocketEnd):
                 if buffer[0] == PICKLE:
                     return buffer
             noted = self._keep_house(buffer, size)
+            if not noted and buffer[0] not in _DATA:
+                raise Refused(_of_no_kind(buffer[0]))
+        except Refused as error:
+            hand.clear()
+            return self._break_off(error)
         except BlockingIOError:
             hand.clear()
             spare_buffers.append(buffer)
@@ -246,8 +253,12 @@ class Link(SocketEnd):
                         _fetch(taken, self._slab)
                     if type(taken) is Buffer and taken[0] != PICKLE:
                         size = taken.size or len(taken)  # the exception came before its size was noted
-                        if taken[0] == 0 or self._keep_house(taken, size):
-                            continue  # nothing had come, or nothing with a message
+                        try:
+                            if taken[0] == 0 or self._keep_house(taken, size):
+                                continue  # nothing had come, or nothing with a message
+                        except Refused as error:
+                            self._break_off(error)
+                            continue
                         taken = Parcel(memoryview(taken)[:size], Descriptors())
                     if isinstance(taken, Parcel) and taken.descriptors.spent:
                         continue  # its ports were made, and closed, in vain
@@ -265,6 +276,8 @@ class Link(SocketEnd):
         """Note what a packet without a message says. ``False`` if it has a message."""
         kind = buffer[0] if size else 0
         self._looks += 1
+        if kind in (CLOSE, HELD) and size < PROCESS.size:
+            raise Refused("a note that is cut off")
         if not size or kind == CLOSE:
             end = self._end_told_by(buffer, size)
             self.slow, self._end = True, end
@@ -283,6 +296,14 @@ class Link(SocketEnd):
         _, reason, pid = PROCESS.unpack_from(buffer)
         why = bytes(buffer[PROCESS.size : size]).decode(errors="replace")
         return End(REASONS[min(reason, len(REASONS) - 1)], pid, why)
+
+    def _break_off(self, error: Refused) -> End:
+        """The other end sent what no end of a channel sends: nothing more of it is taken, and the channel is over."""
+        self._inbox = None
+        self.slow, self._end = True, End("died", self.peer_pid, "", str(error.strerror))
+        if self._sock is not None:
+            shut(self._sock)
+        return self._end
 
     def _set_pace(self) -> None:
         # Without a call: what a signal handler sets meanwhile must not be overwritten.
@@ -308,7 +329,11 @@ class Link(SocketEnd):
                 # Without a call: what a signal handler sets meanwhile must not be overwritten.
                 if not (self.dropped or self._back or self._end or self.lent):
                     self.slow = READ_AHEAD
-                found = self._take_overflowed(self._inbox, hand)
+                try:
+                    found = self._take_overflowed(self._inbox, hand)
+                except Refused as error:
+                    end = self._break_off(error)
+                    return hand[0] if hand else end
                 if found is not None or self._inbox is not None:
                     return found
             elif not self._expected and not self._taking:
@@ -316,7 +341,11 @@ class Link(SocketEnd):
                 self._set_pace()
                 return self.take(hand) if self.slow else self.take(hand, looks)
             else:
-                found = self._look(hand)
+                try:
+                    found = self._look(hand)
+                except Refused as error:
+                    hand.clear()
+                    return self._break_off(error)
                 if found is not None or self._inbox is None:
                     return found
 
@@ -341,19 +370,21 @@ class Link(SocketEnd):
             spare_buffers.append(buffer)
             return self.take(hand, looks)
         if kind == CARRIER:
-            parcel = unwrap(memoryview(buffer)[:size], descriptors)
+            parcel = unwrap(memoryview(buffer)[:size], descriptors, self._largest)
             spare_buffers.append(buffer)
         else:
             spare_buffers.append(buffer)
             try:
-                inbox = Inbox(descriptors)
-            except (OSError, IndexError):
-                parcel = Parcel(memoryview(b""), descriptors)  # no overflow file at all: it will not load
-            else:
-                if self._looks != looks:
-                    return self._take_slowly(hand)  # a signal handler saw it, and maybe the end of it
-                self._inbox, self.slow = inbox, True
-                return None
+                inbox = self._open_inbox(descriptors)
+            except IndexError as error:
+                raise Refused("an overflow file that is none") from error
+            except OSError as error:
+                refuse_wrong(error)
+                raise
+            if self._looks != looks:
+                return self._take_slowly(hand)  # a signal handler saw it, and maybe the end of it
+            self._inbox, self.slow = inbox, True
+            return None
         # One call that takes the packet off and, if it did, puts the parcel in hand.
         taking = itertools.compress((parcel,), taking_off(sock))
         if self._looks != looks:
@@ -370,8 +401,18 @@ class Link(SocketEnd):
         _, announced, _, inode, _ = HEAD.unpack_from(packet)
         return announced and (self._slab is None or self._slab.inode != inode)
 
+    def _open_inbox(self, descriptors: Descriptors) -> Inbox:
+        return Inbox(descriptors)
+
     def _take_overflowed(self, inbox: Inbox, hand: Hand) -> Taken | None:
         """The next packet of the overflow file; ``None`` if there is none, and then maybe no file either."""
+        try:
+            return self._take_record(inbox, hand)
+        except OSError as error:
+            refuse_wrong(error)
+            raise
+
+    def _take_record(self, inbox: Inbox, hand: Hand) -> Taken | None:
         record = inbox.next()
         if record is None:
             self._socket()  # raises if a signal handler closed it
@@ -380,9 +421,11 @@ class Link(SocketEnd):
         packet = record.packet
         taken: Taken | None = packet
         if packet[0] == CARRIER:
-            taken = unwrap(packet, inbox.descriptors(record))
+            taken = unwrap(packet, inbox.descriptors(record), self._largest)
         elif packet[0] != PICKLE:
             noted = self._keep_house(packet, len(packet))
+            if not noted and packet[0] not in _DATA:
+                raise Refused(_of_no_kind(packet[0]))
             taken = None if noted else Parcel(memoryview(bytearray(packet)), Descriptors())
         if inbox.place != record.place:
             return self._take_slowly(hand)  # a signal handler took it
@@ -419,6 +462,18 @@ class Link(SocketEnd):
     @property
     def ready(self) -> End | bool:
         """Without taking it: whether a message is there (``True``), nothing (``False``), or the end."""
+        try:
+            return self._look_ahead()
+        except Refused as error:
+            return self._break_off(error)
+        except OSError as error:
+            try:
+                refuse_wrong(error)
+            except Refused as refused:
+                return self._break_off(refused)
+            raise
+
+    def _look_ahead(self) -> End | bool:
         peek = bytearray(8)
         while True:
             if self.recovered:
@@ -443,7 +498,7 @@ class Link(SocketEnd):
                 return False
             except ConnectionResetError:
                 continue
-            if not size or peek[0] == CLOSE:
+            if not size or (peek[0] == CLOSE and size >= PROCESS.size):
                 return self._end_told_by(peek, size)  # left where it is: it moves with the link
             if not self._keep_house(peek, size):
                 return True
@@ -614,6 +669,10 @@ class Link(SocketEnd):
             watcher.forget(sock)
         self.watchers = ()
         self.ring()
+
+
+def _of_no_kind(kind: int) -> str:
+    return f"a packet of no known kind (0x{kind:02x}), or one whose descriptors were not announced"
 
 
 def _slab_of(descriptors: Descriptors) -> Slab | None:
