@@ -21,7 +21,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Final, NoReturn, Protocol, final
+from typing import Any, Final, NoReturn, Protocol, final
 
 from ._end import BUFFER, READ_AHEAD, SMALL, Buffer, Hand, SocketEnd, Taken, spare_buffers
 from ._kernel import (
@@ -39,16 +39,20 @@ from ._kernel import (
     taking_off,
 )
 from ._overflow import Inbox, Refused, refuse_wrong
+from ._plain import KINDS, Plain, check
 from ._slots import HEAD, SLOT, Slab
 from ._wire import (
     ANNOUNCE,
     CARRIER,
+    CARRIER_HEAD,
     CLOSE,
+    CODEC,
     HANDOFF,
     HEADS_UP,
     HELD,
     OWES,
     PICKLE,
+    PLAIN,
     PROCESS,
     REASONS,
     SLOTS,
@@ -92,13 +96,13 @@ class Loan(Protocol):
         """Whether it is still open if the start succeeds."""
 
 
-def open_pair() -> tuple[Link, Link]:
+def open_pair(plain: Plain | None = None) -> tuple[Link, Link]:
     """Two new links, connected. Raises ``OSError`` (limits) or ``NotImplementedError`` (not this system)."""
     require()
     one, two = socket_pair()
     channel = _channel_prefix + next(_channel_numbers).to_bytes(4, "little")
-    first = Link(one, channel, 1, _this_process)
-    second = Link(two, channel, 2, _this_process)
+    first = _link_of(plain, one, channel, 1, _this_process)
+    second = _link_of(plain, two, channel, 2, _this_process)
     first.twin, second.twin = weakref.ref(second), weakref.ref(first)
     return first, second
 
@@ -126,7 +130,6 @@ def begin_in_child() -> list[Link]:
     return inherited
 
 
-@final
 class Link(SocketEnd):
     """One end of a channel, as its port sees it."""
 
@@ -136,6 +139,7 @@ class Link(SocketEnd):
         "_end",
         "_expected",
         "_inbox",
+        "_largest",
         "_looks",
         "_slab",
         "_taking",
@@ -143,19 +147,21 @@ class Link(SocketEnd):
         "dropped",
         "lent",
         "owner",
+        "plain",
         "side",
         "twin",
         "watchers",
     )
 
     _has_slots = True
-    _largest: ClassVar[int | None] = None  # see ``unwrap``
 
     def __init__(self, sock: Socket, channel: bytes, side: int, peer_pid: int | None, expected: int = 0) -> None:
         super().__init__(sock, peer_pid)  # without the socket itself, until all is there: see __del__
         self.channel = channel  # 12 bytes, the same at both ends and nowhere else
         self.side = side  # 1 or 2: which of the two
         self.lent: Loan | None = None
+        self.plain: Plain | None = None  # the codec, of a port that has one
+        self._largest: int | None = None  # see ``unwrap``
         self.owner: weakref.ref[Any] | None = None
         self.twin: weakref.ref[Link] | None = None  # the other end, as long as neither has moved
         self.watchers: tuple[Watcher, ...] = ()
@@ -586,8 +592,11 @@ class Link(SocketEnd):
         if self._inbox is not None:
             self._inbox.rewind()
             self._inbox = None
-        flags = self._owes * OWES | (self._slab is not None) * SLOTS
+        plain = self.plain
+        flags = self._owes * OWES | (self._slab is not None) * SLOTS | (plain is not None) * PLAIN
         head = HANDOFF.pack(self.channel, self.side, self.peer_pid or 0, self._expected, flags, len(back))
+        if plain is not None:
+            head += CODEC.pack(KINDS[plain.codec], plain.largest)
         return b"".join((head, *back)), self._socket(), None if self._slab is None else self._slab.memory
 
     def lend(self, loan: Loan | None) -> None:
@@ -599,11 +608,16 @@ class Link(SocketEnd):
     def unpack(sock: Socket, luggage: bytes | memoryview, memory: Callable[[], Memory]) -> Link:
         """The link that ``pack_up`` packed, at its new holder. Raises ``struct.error`` for what is none."""
         channel, side, pid, expected, flags, count = HANDOFF.unpack_from(luggage)
-        link = Link(sock, channel, side, pid or None, expected)
+        at, plain = HANDOFF.size, None
+        if flags & PLAIN:
+            kind, largest = CODEC.unpack_from(luggage, at)
+            at += CODEC.size
+            plain = check(next((codec for codec in KINDS if KINDS[codec] == kind), ""), largest)
+        link = _link_of(plain, sock, channel, side, pid or None, expected)
         link._owes = bool(flags & OWES)
         if flags & SLOTS:
             link._slab = Slab(memory())
-        at, back = HANDOFF.size, []
+        back = []
         for _ in range(count):
             size = int.from_bytes(luggage[at : at + 4], "little")
             back.append(memoryview(luggage)[at + 4 : at + 4 + size])
@@ -632,7 +646,7 @@ class Link(SocketEnd):
 
     def copy_after_fork(self) -> Link:
         """In a forked child that was given this link: the same, with locks and waiters of its own."""
-        link = Link(renew(self._socket()), self.channel, self.side, self.peer_pid, self._expected)
+        link = _link_of(self.plain, renew(self._socket()), self.channel, self.side, self.peer_pid, self._expected)
         link._owes = self._owes
         link._back, link.slow, link._slab = self._back, True, self._slab
         self._back = []
@@ -669,6 +683,44 @@ class Link(SocketEnd):
             watcher.forget(sock)
         self.watchers = ()
         self.ring()
+
+
+@final
+class PlainLink(Link):
+    """The link of a port with a codec: gives whole packets of that codec, and refuses all others."""
+
+    __slots__ = ()
+
+    def take(self, hand: Hand, looks: int | None = None) -> Taken | None:
+        taken = super().take(hand, looks)
+        if taken is None or isinstance(taken, End):
+            return taken
+        plain = self.plain
+        assert plain is not None
+        if not isinstance(taken, Parcel):
+            error = Refused(f"a pickle, where codec={plain.codec!r} is all that is taken")
+        elif not len(taken.body) or taken.body[0] != KINDS[plain.codec] or len(taken.descriptors):
+            error = Refused(f"a packet that is not of codec={plain.codec!r}, which is all that is taken")
+        elif len(taken.body) > plain.largest + 1:
+            error = Refused(f"a message of {len(taken.body) - 1} bytes, and max_message_size is {plain.largest}")
+        else:
+            return taken
+        hand.clear()
+        return self._break_off(error)
+
+    def _open_inbox(self, descriptors: Descriptors) -> Inbox:
+        assert self._largest is not None
+        return Inbox(descriptors, self._largest + CARRIER_HEAD.size)
+
+
+def _link_of(
+    plain: Plain | None, sock: Socket, channel: bytes, side: int, peer_pid: int | None, expected: int = 0
+) -> Link:
+    if plain is None:
+        return Link(sock, channel, side, peer_pid, expected)
+    link = PlainLink(sock, channel, side, peer_pid, expected)
+    link.plain, link._largest = plain, plain.largest + 1
+    return link
 
 
 def _of_no_kind(kind: int) -> str:

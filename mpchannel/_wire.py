@@ -39,6 +39,9 @@ HANDOFF: Final = struct.Struct("<12sBIIBH")
 """Channel, side, pid of the other side, heads-ups taken whose packet is to come, OWES and SLOTS, packets put back."""
 OWES: Final = 1  # a heads-up was sent whose packet is to come
 SLOTS: Final = 2  # the memory of SLOT packets comes along
+PLAIN: Final = 4  # a port with a codec
+CODEC: Final = struct.Struct("<BQ")
+"""Behind HANDOFF, of a port with a codec: the kind of its packets, bytes of the largest message."""
 
 REASONS: Final = ("closed", "collected", "exited", "died", "undeliverable")
 
