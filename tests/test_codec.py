@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -190,3 +191,10 @@ def test_wrong_arguments_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with MessageChannel() as channel:
         port, _ = channel
         assert port.codec is None
+
+
+def test_the_example_of_the_security_page_prints_what_it_says() -> None:
+    text = (Path(__file__).parents[1] / "SECURITY.md").read_text()
+    code, shown = (text.split(f"```{kind}\n")[1].split("```")[0] for kind in ("python", "text"))
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert ran.stdout == shown
