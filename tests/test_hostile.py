@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import random
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -250,3 +251,34 @@ def test_nothing_has_a_name_and_every_descriptor_closes_on_exec(
         assert not os.listdir(tmp_path)
         kept[-2].ports[0].close()
         kept.clear()
+
+
+def test_mutated_packets_give_a_message_an_error_or_the_end_and_nothing_else(villains: Any) -> None:
+    """On a port with a codec, as a mutated pickle might do anything."""
+    chance = random.Random(8)
+    seeds = [
+        b'\x12{"a":[1,2.5,null]}',
+        CARRIER_HEAD.pack(CARRIER, BODY_IN_MEMORY, 0, 3),
+        ANNOUNCEMENT.pack(ANNOUNCE, 1),
+        bytes([CLOSE, 0, 1, 0, 0, 0]),
+        bytes([HELD, 0, 1, 0, 0, 0]),
+    ]
+    for _ in range(1500):
+        packet = bytearray(chance.choice(seeds))
+        for _ in range(chance.randrange(4)):
+            packet[chance.randrange(len(packet))] = chance.choice((0, 1, 4, 0x12, 0x80, 0xFF, chance.randrange(256)))
+        del packet[chance.randrange(1, len(packet) + 1) :]
+        content = chance.choice((b"\x121", record(packet), record(b"\x121") + packet, packet))
+        with MessageChannel(codec="json", max_message_size=10_000) as channel:
+            one, other = channel
+            villain = villains(one)
+            if chance.random() < 0.5:
+                villain.send(bytes(packet), memory(content, seals=chance.choice((0, SEAL_SHRINK))))
+            else:
+                villain.send(bytes(packet))
+            for _ in range(3):
+                try:
+                    mpchannel.receive_message_on_port(other)
+                except MessageError:
+                    pass
+            villain.sock.close()
