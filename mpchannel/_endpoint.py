@@ -528,7 +528,8 @@ class Endpoint(EventTarget, Transferable):
                 about.append("started")
             about += self._surroundings()
         elif self._end is not None:
-            about.append(f"the other end {_WORDS[self._end.reason]}")
+            broke = f"broke the rules of the channel: {self._end.broken}" if self._end.broken else ""
+            about.append(f"the other end {broke or _WORDS[self._end.reason]}")
         return f"<{type(self).__name__} {', '.join(about)}>"
 
     def _surroundings(self) -> list[str]:
@@ -673,6 +674,8 @@ _WORDS: Final = {
 def closed_error(end: End) -> PortClosedError:
     rest_if_ending()
     by = f" (process {end.pid})" if end.pid else ""
+    if end.broken:
+        return PortClosedError(f"the channel is closed: the other end{by} broke its rules: {end.broken}", end.reason)
     return PortClosedError(f"the channel is closed: the other end{by} {_WORDS[end.reason]}", end.reason)
 
 
@@ -683,7 +686,7 @@ def _look_again(reference: weakref.ref[Endpoint]) -> None:
 
 
 def _exit_code_after(end: End) -> int | None:
-    if end.pid is None or end.pid == os.getpid() or end.reason not in ("exited", "died"):
+    if end.pid is None or end.pid == os.getpid() or end.reason not in ("exited", "died") or end.broken:
         return None
     return exit_code(end.pid)
 

@@ -569,7 +569,8 @@ class _File(_Owner):
 
     @property
     def open(self) -> bool:
-        return self._number >= 0
+        """``False`` too if it was finalised, with the garbage that something it belongs to is part of as well."""
+        return self._number >= 0 and id(self) in loose
 
     def close(self) -> None:
         self._number = -1

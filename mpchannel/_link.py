@@ -38,17 +38,21 @@ from ._kernel import (
     socket_pair,
     taking_off,
 )
-from ._overflow import Inbox
+from ._overflow import Inbox, Refused, refuse_wrong
+from ._plain import KINDS, Plain, check
 from ._slots import HEAD, SLOT, Slab
 from ._wire import (
     ANNOUNCE,
     CARRIER,
+    CARRIER_HEAD,
     CLOSE,
+    CODEC,
     HANDOFF,
     HEADS_UP,
     HELD,
     OWES,
     PICKLE,
+    PLAIN,
     PROCESS,
     REASONS,
     SLOTS,
@@ -63,6 +67,7 @@ from .errors import DataCloneError, PortClosedError
 
 _LOAN_LOOK: Final = 0.02  # seconds between two looks whether the start of a process that a link is lent to has failed
 _GARBAGE: Final = 0xFF  # the kind of a packet that will not load
+_DATA: Final = (0x10, 0x11, 0x12, 0x13, _GARBAGE)  # kinds of what ``_clone`` and ``_plain`` make, beside PICKLE
 # Every open link of this process, by id(). With its socket: what is referred to from here is not finalised with the
 # garbage a link may be part of, so the link can still say goodbye.
 _links: dict[int, tuple[weakref.ref[Link], Socket]] = {}
@@ -91,13 +96,13 @@ class Loan(Protocol):
         """Whether it is still open if the start succeeds."""
 
 
-def open_pair() -> tuple[Link, Link]:
+def open_pair(plain: Plain | None = None) -> tuple[Link, Link]:
     """Two new links, connected. Raises ``OSError`` (limits) or ``NotImplementedError`` (not this system)."""
     require()
     one, two = socket_pair()
     channel = _channel_prefix + next(_channel_numbers).to_bytes(4, "little")
-    first = Link(one, channel, 1, _this_process)
-    second = Link(two, channel, 2, _this_process)
+    first = _link_of(plain, one, channel, 1, _this_process)
+    second = _link_of(plain, two, channel, 2, _this_process)
     first.twin, second.twin = weakref.ref(second), weakref.ref(first)
     return first, second
 
@@ -125,7 +130,6 @@ def begin_in_child() -> list[Link]:
     return inherited
 
 
-@final
 class Link(SocketEnd):
     """One end of a channel, as its port sees it."""
 
@@ -135,6 +139,7 @@ class Link(SocketEnd):
         "_end",
         "_expected",
         "_inbox",
+        "_largest",
         "_looks",
         "_slab",
         "_taking",
@@ -142,6 +147,7 @@ class Link(SocketEnd):
         "dropped",
         "lent",
         "owner",
+        "plain",
         "side",
         "twin",
         "watchers",
@@ -154,6 +160,8 @@ class Link(SocketEnd):
         self.channel = channel  # 12 bytes, the same at both ends and nowhere else
         self.side = side  # 1 or 2: which of the two
         self.lent: Loan | None = None
+        self.plain: Plain | None = None  # the codec, of a port that has one
+        self._largest: int | None = None  # see ``unwrap``
         self.owner: weakref.ref[Any] | None = None
         self.twin: weakref.ref[Link] | None = None  # the other end, as long as neither has moved
         self.watchers: tuple[Watcher, ...] = ()
@@ -226,6 +234,11 @@ class Link(SocketEnd):
                 if buffer[0] == PICKLE:
                     return buffer
             noted = self._keep_house(buffer, size)
+            if not noted and buffer[0] not in _DATA:
+                raise Refused(_of_no_kind(buffer[0]))
+        except Refused as error:
+            hand.clear()
+            return self._break_off(error)
         except BlockingIOError:
             hand.clear()
             spare_buffers.append(buffer)
@@ -253,8 +266,12 @@ class Link(SocketEnd):
                         _fetch(taken, self._slab)
                     if type(taken) is Buffer and taken[0] != PICKLE:
                         size = taken.size or len(taken)  # the exception came before its size was noted
-                        if taken[0] == 0 or self._keep_house(taken, size):
-                            continue  # nothing had come, or nothing with a message
+                        try:
+                            if taken[0] == 0 or self._keep_house(taken, size):
+                                continue  # nothing had come, or nothing with a message
+                        except Refused as error:
+                            self._break_off(error)
+                            continue
                         taken = Parcel(memoryview(taken)[:size], Descriptors())
                     if isinstance(taken, Parcel) and taken.descriptors.spent:
                         continue  # its ports were made, and closed, in vain
@@ -272,6 +289,8 @@ class Link(SocketEnd):
         """Note what a packet without a message says. ``False`` if it has a message."""
         kind = buffer[0] if size else 0
         self._looks += 1
+        if kind in (CLOSE, HELD) and size < PROCESS.size:
+            raise Refused("a note that is cut off")
         if not size or kind == CLOSE:
             end = self._end_told_by(buffer, size)
             self.slow, self._end = True, end
@@ -290,6 +309,14 @@ class Link(SocketEnd):
         _, reason, pid = PROCESS.unpack_from(buffer)
         why = bytes(buffer[PROCESS.size : size]).decode(errors="replace")
         return End(REASONS[min(reason, len(REASONS) - 1)], pid, why)
+
+    def _break_off(self, error: Refused) -> End:
+        """The other end sent what no end of a channel sends: nothing more of it is taken, and the channel is over."""
+        self._inbox = None
+        self.slow, self._end = True, End("died", self.peer_pid, "", str(error.strerror))
+        if self._sock is not None:
+            shut(self._sock)
+        return self._end
 
     def _set_pace(self) -> None:
         # Without a call: what a signal handler sets meanwhile must not be overwritten.
@@ -315,7 +342,11 @@ class Link(SocketEnd):
                 # Without a call: what a signal handler sets meanwhile must not be overwritten.
                 if not (self.dropped or self._back or self._end or self.lent):
                     self.slow = READ_AHEAD
-                found = self._take_overflowed(self._inbox, hand)
+                try:
+                    found = self._take_overflowed(self._inbox, hand)
+                except Refused as error:
+                    end = self._break_off(error)
+                    return hand[0] if hand else end
                 if found is not None or self._inbox is not None:
                     return found
             elif not self._expected and not self._taking:
@@ -323,7 +354,11 @@ class Link(SocketEnd):
                 self._set_pace()
                 return self.take(hand) if self.slow else self.take(hand, looks)
             else:
-                found = self._look(hand)
+                try:
+                    found = self._look(hand)
+                except Refused as error:
+                    hand.clear()
+                    return self._break_off(error)
                 if found is not None or self._inbox is None:
                     return found
 
@@ -348,19 +383,21 @@ class Link(SocketEnd):
             spare_buffers.append(buffer)
             return self.take(hand, looks)
         if kind == CARRIER:
-            parcel = unwrap(memoryview(buffer)[:size], descriptors)
+            parcel = unwrap(memoryview(buffer)[:size], descriptors, self._largest)
             spare_buffers.append(buffer)
         else:
             spare_buffers.append(buffer)
             try:
-                inbox = Inbox(descriptors)
-            except (OSError, IndexError):
-                parcel = Parcel(memoryview(b""), descriptors)  # no overflow file at all: it will not load
-            else:
-                if self._looks != looks:
-                    return self._take_slowly(hand)  # a signal handler saw it, and maybe the end of it
-                self._inbox, self.slow = inbox, True
-                return None
+                inbox = self._open_inbox(descriptors)
+            except IndexError as error:
+                raise Refused("an overflow file that is none") from error
+            except OSError as error:
+                refuse_wrong(error)
+                raise
+            if self._looks != looks:
+                return self._take_slowly(hand)  # a signal handler saw it, and maybe the end of it
+            self._inbox, self.slow = inbox, True
+            return None
         # One call that takes the packet off and, if it did, puts the parcel in hand.
         taking = itertools.compress((parcel,), taking_off(sock))
         if self._looks != looks:
@@ -377,8 +414,18 @@ class Link(SocketEnd):
         _, announced, _, inode, _ = HEAD.unpack_from(packet)
         return announced and (self._slab is None or self._slab.inode != inode)
 
+    def _open_inbox(self, descriptors: Descriptors) -> Inbox:
+        return Inbox(descriptors)
+
     def _take_overflowed(self, inbox: Inbox, hand: Hand) -> Taken | None:
         """The next packet of the overflow file; ``None`` if there is none, and then maybe no file either."""
+        try:
+            return self._take_record(inbox, hand)
+        except OSError as error:
+            refuse_wrong(error)
+            raise
+
+    def _take_record(self, inbox: Inbox, hand: Hand) -> Taken | None:
         record = inbox.next()
         if record is None:
             self._socket()  # raises if a signal handler closed it
@@ -387,9 +434,11 @@ class Link(SocketEnd):
         packet = record.packet
         taken: Taken | None = packet
         if packet[0] == CARRIER:
-            taken = unwrap(packet, inbox.descriptors(record))
+            taken = unwrap(packet, inbox.descriptors(record), self._largest)
         elif packet[0] != PICKLE:
             noted = self._keep_house(packet, len(packet))
+            if not noted and packet[0] not in _DATA:
+                raise Refused(_of_no_kind(packet[0]))
             taken = None if noted else Parcel(memoryview(bytearray(packet)), Descriptors())
         if inbox.place != record.place:
             return self._take_slowly(hand)  # a signal handler took it
@@ -426,6 +475,18 @@ class Link(SocketEnd):
     @property
     def ready(self) -> End | bool:
         """Without taking it: whether a message is there (``True``), nothing (``False``), or the end."""
+        try:
+            return self._look_ahead()
+        except Refused as error:
+            return self._break_off(error)
+        except OSError as error:
+            try:
+                refuse_wrong(error)
+            except Refused as refused:
+                return self._break_off(refused)
+            raise
+
+    def _look_ahead(self) -> End | bool:
         peek = bytearray(8)
         while True:
             if self.recovered:
@@ -450,7 +511,7 @@ class Link(SocketEnd):
                 return False
             except ConnectionResetError:
                 continue
-            if not size or peek[0] == CLOSE:
+            if not size or (peek[0] == CLOSE and size >= PROCESS.size):
                 return self._end_told_by(peek, size)  # left where it is: it moves with the link
             if not self._keep_house(peek, size):
                 return True
@@ -541,8 +602,11 @@ class Link(SocketEnd):
         if self._inbox is not None:
             self._inbox.rewind()
             self._inbox = None
-        flags = self._owes * OWES | (self._slab is not None) * SLOTS
+        plain = self.plain
+        flags = self._owes * OWES | (self._slab is not None) * SLOTS | (plain is not None) * PLAIN
         head = HANDOFF.pack(self.channel, self.side, self.peer_pid or 0, self._expected, flags, len(back))
+        if plain is not None:
+            head += CODEC.pack(KINDS[plain.codec], plain.largest)
         return b"".join((head, *back)), self._socket(), None if self._slab is None else self._slab.memory
 
     def lend(self, loan: Loan | None) -> None:
@@ -554,11 +618,16 @@ class Link(SocketEnd):
     def unpack(sock: Socket, luggage: bytes | memoryview, memory: Callable[[], Memory]) -> Link:
         """The link that ``pack_up`` packed, at its new holder. Raises ``struct.error`` for what is none."""
         channel, side, pid, expected, flags, count = HANDOFF.unpack_from(luggage)
-        link = Link(sock, channel, side, pid or None, expected)
+        at, plain = HANDOFF.size, None
+        if flags & PLAIN:
+            kind, largest = CODEC.unpack_from(luggage, at)
+            at += CODEC.size
+            plain = check(next((codec for codec in KINDS if KINDS[codec] == kind), ""), largest)
+        link = _link_of(plain, sock, channel, side, pid or None, expected)
         link._owes = bool(flags & OWES)
         if flags & SLOTS:
             link._slab = Slab(memory())
-        at, back = HANDOFF.size, []
+        back = []
         for _ in range(count):
             size = int.from_bytes(luggage[at : at + 4], "little")
             back.append(memoryview(luggage)[at + 4 : at + 4 + size])
@@ -587,7 +656,7 @@ class Link(SocketEnd):
 
     def copy_after_fork(self) -> Link:
         """In a forked child that was given this link: the same, with locks and waiters of its own."""
-        link = Link(renew(self._socket()), self.channel, self.side, self.peer_pid, self._expected)
+        link = _link_of(self.plain, renew(self._socket()), self.channel, self.side, self.peer_pid, self._expected)
         link._owes = self._owes
         link._back, link.slow, link._slab = self._back, True, self._slab
         self._back = []
@@ -624,6 +693,48 @@ class Link(SocketEnd):
             watcher.forget(sock)
         self.watchers = ()
         self.ring()
+
+
+@final
+class PlainLink(Link):
+    """The link of a port with a codec: gives whole packets of that codec, and refuses all others."""
+
+    __slots__ = ()
+
+    def take(self, hand: Hand, looks: int | None = None) -> Taken | None:
+        taken = super().take(hand, looks)
+        if taken is None or isinstance(taken, End):
+            return taken
+        plain = self.plain
+        assert plain is not None
+        if not isinstance(taken, Parcel):
+            error = Refused(f"a pickle, where codec={plain.codec!r} is all that is taken")
+        elif not len(taken.body) or taken.body[0] != KINDS[plain.codec] or len(taken.descriptors):
+            error = Refused(f"a packet that is not of codec={plain.codec!r}, which is all that is taken")
+        elif len(taken.body) > plain.largest + 1:
+            error = Refused(f"a message of {len(taken.body) - 1} bytes, and max_message_size is {plain.largest}")
+        else:
+            return taken
+        hand.clear()
+        return self._break_off(error)
+
+    def _open_inbox(self, descriptors: Descriptors) -> Inbox:
+        assert self._largest is not None
+        return Inbox(descriptors, self._largest + CARRIER_HEAD.size)
+
+
+def _link_of(
+    plain: Plain | None, sock: Socket, channel: bytes, side: int, peer_pid: int | None, expected: int = 0
+) -> Link:
+    if plain is None:
+        return Link(sock, channel, side, peer_pid, expected)
+    link = PlainLink(sock, channel, side, peer_pid, expected)
+    link.plain, link._largest = plain, plain.largest + 1
+    return link
+
+
+def _of_no_kind(kind: int) -> str:
+    return f"a packet of no known kind (0x{kind:02x}), or one whose descriptors were not announced"
 
 
 def _slab_of(descriptors: Descriptors) -> Slab | None:

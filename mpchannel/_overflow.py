@@ -50,6 +50,31 @@ _AHEAD: Final = 128  # records found at a time: in less time than there is betwe
 _GIVE_BACK: Final = 1 << 20  # bytes read before their pages are given back: a mapping per MiB is not felt
 _LINGER: Final = 32  # looks for another record, in some 40 us
 _PATIENCE: Final = 64  # appends between two looks whether the reader still lives
+_LARGEST: Final = 1 << 47  # bytes: no process has room for more
+_WRONG: Final = (
+    errno.EACCES,
+    errno.EBADF,
+    errno.EINVAL,
+    errno.ENOTCONN,
+    errno.ENOTSOCK,
+    errno.EOPNOTSUPP,
+    errno.EPERM,
+    errno.ESPIPE,
+)
+"""What system calls say of a descriptor that is not what it should be; no limit of this system is among them."""
+
+
+class Refused(OSError):
+    """The other end sent what no end of a channel sends. ``strerror`` says what."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(errno.EBADMSG, what)
+
+
+def refuse_wrong(error: OSError) -> None:
+    """Raise ``Refused`` if *error* is about a descriptor that is not what it should be."""
+    if error.errno in _WRONG:
+        raise Refused(f"a descriptor that is not what it should be ({error.strerror})") from error
 
 
 @final
@@ -166,6 +191,7 @@ class Inbox:
         "_given_back",
         "_inode",
         "_lane",
+        "_largest",
         "_memory",
         "_start",
         "first",
@@ -175,8 +201,12 @@ class Inbox:
         "place",
     )
 
-    def __init__(self, descriptors: Descriptors) -> None:
-        """*descriptors*: the file, and the lane if there is one. Raises ``OSError`` if they are no such things."""
+    def __init__(self, descriptors: Descriptors, largest: int = _LARGEST) -> None:
+        """*descriptors*: the file, and the lane if there is one. Raises ``OSError`` if they are no such things.
+
+        *largest*: bytes of a record; for more, nothing is allocated. Its methods raise ``Refused``.
+        """
+        self._largest = largest
         self._memory = descriptors.claim_memory()
         self._lane = descriptors.claim_socket() if len(descriptors) else None
         if not self._memory.sealed(SEAL_SHRINK):
@@ -222,9 +252,13 @@ class Inbox:
                 return False
             read = self._memory.read(min(unread, _CHUNK), at)
             size = 8 + (_HEADER.unpack_from(read)[0] >> 2)
+            if size - 8 > self._largest:
+                raise Refused(f"a packet of {size - 8} bytes, where {self._largest} are allowed")
             if size > unread:
                 return False
             if size > len(read):
+                if size > self._memory.held:
+                    raise Refused(f"a packet of {size - 8} bytes that were never written")
                 read = self._memory.read(size, at)
             data, start, begin = memoryview(read), at, 0
         packets: list[memoryview | Record] = []
@@ -234,6 +268,8 @@ class Inbox:
             end = begin + 8 + (word >> 2)
             if end > len(data):
                 break
+            if word < 4 or (word & _DESCRIBED and word >> 2 <= _TICKET.size):
+                raise Refused("an empty packet")
             if word & _DESCRIBED:
                 ticket = _TICKET.unpack_from(data, begin + 8)[0]
                 packets.append(Record(data[begin + 16 : end], place + len(packets), ticket))

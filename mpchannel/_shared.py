@@ -41,7 +41,7 @@ from ._kernel import (
     take_off,
 )
 from ._overflow import Inbox
-from ._wire import ANNOUNCE, ANNOUNCEMENT, CARRIER, PICKLE, End, Parcel, unwrap
+from ._wire import ANNOUNCE, ANNOUNCEMENT, CARRIER, PICKLE, End, Parcel, unwrap_or_nothing
 
 _OVER: Final = End("closed", None)
 _LOOK: Final = NOW | PEEK
@@ -174,7 +174,7 @@ class SharedEnd(SocketEnd):
             size, descriptors = receive_with(sock, buffer, NOW | PEEK)
         except BlockingIOError:
             return None
-        parcel = unwrap(memoryview(buffer)[:size], descriptors)
+        parcel = unwrap_or_nothing(memoryview(buffer)[:size], descriptors)
         take_off(sock)
         hand.append(parcel)
         return parcel
@@ -212,7 +212,7 @@ class SharedEnd(SocketEnd):
         packet = record.packet
         taken: Taken = packet
         if packet[0] == CARRIER:
-            taken = unwrap(packet, inbox.descriptors(record))
+            taken = unwrap_or_nothing(packet, inbox.descriptors(record))
         elif packet[0] != PICKLE:
             taken = Parcel(packet, Descriptors())
         inbox.place = record.place + 1

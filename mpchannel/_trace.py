@@ -317,8 +317,8 @@ def _leaving(original: Method, recorder: _Recorder) -> Method:
 
 
 def _making(original: Method, recorder: _Recorder) -> Method:
-    def __init__(channel: MessageChannel[Any, Any]) -> None:
-        original(channel)
+    def __init__(channel: MessageChannel[Any, Any], **options: Any) -> None:
+        original(channel, **options)
         recorder.instant("channel", port=_name(channel.port1))
 
     return __init__

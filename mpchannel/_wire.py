@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from ._kernel import NOW, SEAL_SHRINK, SEND_NOW, Descriptors, Socket, narrow, receive_with, shut, widen
-from ._overflow import Outbox
+from ._overflow import Outbox, Refused, refuse_wrong
 
 PICKLE: Final = 0x80
 HEADS_UP, ANNOUNCE, CLOSE, HELD, CARRIER = 1, 2, 3, 4, 5
@@ -39,6 +39,9 @@ HANDOFF: Final = struct.Struct("<12sBIIBH")
 """Channel, side, pid of the other side, heads-ups taken whose packet is to come, OWES and SLOTS, packets put back."""
 OWES: Final = 1  # a heads-up was sent whose packet is to come
 SLOTS: Final = 2  # the memory of SLOT packets comes along
+PLAIN: Final = 4  # a port with a codec
+CODEC: Final = struct.Struct("<BQ")
+"""Behind HANDOFF, of a port with a codec: the kind of its packets, bytes of the largest message."""
 
 REASONS: Final = ("closed", "collected", "exited", "died", "undeliverable")
 
@@ -52,6 +55,7 @@ class End(NamedTuple):
     reason: str
     pid: int | None
     why: str = ""  # the traceback, if it was lost in a process that could not start
+    broken: str = ""  # what it sent that no end of a channel sends: this side has ended the channel
 
 
 class Parcel(NamedTuple):
@@ -70,21 +74,40 @@ def record(
     return (CARRIER_HEAD.pack(CARRIER, flags, count, size), *parts), CARRIER_HEAD.size + size, numbers
 
 
-def unwrap(packet: memoryview, descriptors: Descriptors) -> Parcel:
-    """A carrier's content; garbage comes out as an empty parcel."""
+def unwrap(packet: memoryview, descriptors: Descriptors, largest: int | None = None) -> Parcel:
+    """A carrier's content. Raises ``Refused``, before anything is allocated for it.
+
+    *largest*: it may be so many bytes, and bring no descriptors but that of its body.
+    """
     try:
         _, flags, count, size = CARRIER_HEAD.unpack_from(packet)
+        if largest is not None and (size > largest or count or flags & IN_ENVELOPE):
+            told = "descriptors, where only data" if size <= largest else f"a packet of {size} bytes, where {largest}"
+            raise Refused(f"{told} is allowed" if size <= largest else f"{told} are allowed")
         body = memoryview(bytearray(packet[CARRIER_HEAD.size :]))
         if flags & BODY_IN_MEMORY:
             memory = descriptors.claim_memory()
             if not memory.sealed(SEAL_SHRINK) or memory.size < size:
-                raise ValueError("the body is shorter than announced, or could become so")
+                raise Refused("a body that is shorter than announced, or could become so")
+            if size >= _MAP_FROM and memory.held < size:
+                raise Refused(f"a body of {size} bytes that were never written")
             body = memoryview(memory.read(size, 0) if size < _MAP_FROM else memory.map(size))
         if flags & IN_ENVELOPE:
             descriptors.expect_envelope(count)
-    except (struct.error, ValueError, IndexError):
-        return Parcel(memoryview(b""), descriptors)
+    except (struct.error, ValueError, IndexError) as error:
+        raise Refused("a packet that says it has descriptors, without them") from error
+    except OSError as error:
+        refuse_wrong(error)
+        raise
     return Parcel(body, descriptors)
+
+
+def unwrap_or_nothing(packet: memoryview, descriptors: Descriptors) -> Parcel:
+    """``unwrap`` for who cannot end the channel: what is refused comes out as an empty parcel, which will not load."""
+    try:
+        return unwrap(packet, descriptors)
+    except Refused:
+        return Parcel(memoryview(b""), descriptors)
 
 
 def farewell(sock: Socket, outbox: Outbox | None, reason: str, why: str = "") -> None:

@@ -11,6 +11,7 @@ from ._clone import prepare
 from ._endpoint import STALL_PAUSE
 from ._kernel import Bell, explain, wait_readable
 from ._link import open_pair
+from ._plain import check
 from .errors import PortClosedError
 from .events import MessageEvent
 from .port import MessagePort
@@ -28,7 +29,15 @@ class MessageChannel(Generic[One, Other]):
 
     For type checkers ``MessageChannel[Request, Reply]()`` is one whose ``port1`` posts requests and receives replies.
 
-    Raises ``OSError`` at a limit of the system (named in its text, nothing left behind) and ``NotImplementedError``
+    *codec*: ``"json"``, or ``"msgpack"`` (the extra ``msgpack``): both ports, wherever they move, send and take plain
+    data alone, so nothing that the other end sends is ever unpickled. That is ``None``, ``bool``, ``int``, ``float``,
+    ``str``, lists, dicts with ``str`` keys, and with msgpack ``bytes``; all else is a ``DataCloneError`` with the path
+    to it. Ports do not move through such a port. *max_message_size*: bytes of an encoded message (default 64 MiB); a
+    larger one is a ``DataCloneError`` at the sender, and ends the channel at the receiver, before memory is allocated
+    for it.
+
+    Raises ``ValueError`` for another codec, ``ImportError`` naming the extra that is missing,
+    ``OSError`` at a limit of the system (named in its text, nothing left behind) and ``NotImplementedError``
     on a system without the kernel features that channels need.
     """
 
@@ -37,12 +46,13 @@ class MessageChannel(Generic[One, Other]):
     port1: MessagePort[One, Other]
     port2: MessagePort[Other, One]
 
-    def __init__(self) -> None:
+    def __init__(self, *, codec: str | None = None, max_message_size: int | None = None) -> None:
+        plain = check(codec, max_message_size)
         try:
             prepare()
         except OSError as error:
             raise explain(error, "create a channel") from error  # not even the files of an import could be opened
-        one, two = open_pair()
+        one, two = open_pair(plain)
         self.port1 = MessagePort._of(one)
         self.port2 = MessagePort._of(two)
 

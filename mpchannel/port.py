@@ -21,7 +21,7 @@ import time
 import warnings
 from _thread import _count as other_threads
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, Generic, Self, TypeVar
+from typing import Any, Final, Generic, Self, TypeVar, final
 
 from ._clone import (
     Departure,
@@ -42,6 +42,7 @@ from ._delivery import TURNS, loop_home
 from ._end import Buffer, Hand, Taken, spare_buffers
 from ._endpoint import STALL_PAUSE, Endpoint, State, Watched, vigil
 from ._link import Link
+from ._plain import Plain, decode, encode
 from ._wire import End, Parcel
 from .errors import BufferFull, DataCloneError, MessageError, PortClosedError
 from .events import REFUSED, CloseEvent, MessageErrorEvent, MessageEvent
@@ -77,6 +78,20 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
         self._limit: int | None = None
         self._ref = True
         self._takes = 0
+
+    @classmethod
+    def _of(cls, link: Link) -> Self:
+        if link.plain is None:
+            return super()._of(link)
+        port: Self = PlainPort.__new__(PlainPort)  # type: ignore[assignment]
+        port._begin(link)
+        return port
+
+    @property
+    def codec(self) -> str | None:
+        """What messages are encoded with, see ``MessageChannel``; ``None``: any object may be sent, by pickle."""
+        plain = self._link.plain
+        return None if plain is None else plain.codec
 
     # Posting
 
@@ -489,6 +504,49 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
 
     async def __aexit__(self, *_: object) -> None:
         self.close()
+
+
+@final
+class PlainPort(MessagePort[SendT, RecvT]):
+    """A port with a codec: what it sends and takes is plain data alone. (A class of its own, so that other ports pay
+    nothing for it. Its link gives packets of its codec only.)
+    """
+
+    __slots__ = ()
+
+    @property
+    def _plain(self) -> Plain:
+        plain = self._link.plain
+        assert plain is not None
+        return plain
+
+    def post_message(self, message: SendT, transfer: Iterable[Any] | None = _NO_TRANSFER) -> bool:
+        if transfer is not _NO_TRANSFER and transfer is not None and self._check_list(transfer):
+            raise DataCloneError(f"transfer[0]: a port with codec={self.codec!r} sends plain data, and moves nothing")
+        if self._departure is not None:
+            raise self._departure.error()
+        return self._post(encode(self._plain, message))
+
+    def send(self, obj: SendT) -> None:
+        self._check_sent(self.post_message(obj))
+
+    def send_bytes(self, buf: Any, offset: int = 0, size: int | None = None) -> None:
+        raise TypeError(f"a port with codec={self.codec!r} sends messages, not bytes; use post_message()")
+
+    def _next_bytes(self) -> bytes:
+        raise TypeError(f"a port with codec={self.codec!r} receives messages, not bytes; use recv()")
+
+    def _open(self, taken: Taken) -> tuple[Any, tuple[Any, ...]]:
+        if isinstance(taken, Parcel):
+            if self._parked:
+                self._taken_while_parked()
+            return decode(self._plain, taken.body), ()
+        if isinstance(taken, End):
+            return super()._open(taken)
+        raise AssertionError("a pickle on a port with a codec")  # see PlainLink
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, codec={self.codec!r}>"
 
 
 register(MessagePort)

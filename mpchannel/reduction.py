@@ -35,7 +35,7 @@ from ._link import Link, begin_in_child, open_links
 from ._recycle import give_back
 from ._shared import SharedEnd, open_shared_ends
 from ._wire import bounce, lose
-from .port import MessagePort
+from .port import MessagePort, PlainPort
 
 __all__ = multiprocessing.reduction.__all__
 
@@ -213,6 +213,7 @@ def lose_arrivals(why: str) -> None:
 
 
 multiprocessing.reduction.register(MessagePort, _reduce_port)
+multiprocessing.reduction.register(PlainPort, _reduce_port)
 
 
 # fork: by inheritance

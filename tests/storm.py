@@ -97,7 +97,6 @@ class Life(IntEnum):
     AGAIN = auto()
     GIVEN_UP = auto()
     REFUSED = auto()
-    UNSAID = auto()  # closes of a collected end that say that it died
     LOSSES = auto()
     DOUBLES = auto()
     REORDERINGS = auto()
@@ -349,9 +348,6 @@ class Player:
         reasons = {Left.CLOSED: {"closed"}, Left.COLLECTED: {"collected"}}.get(other[End.LEFT], set())
         if self.ledger.may_be_dead(other):
             reasons = reasons | {"died", "undeliverable"} | ({"exited"} if other[End.LENT] else set())
-        if other[End.LEFT] == Left.COLLECTED and reason == "died" and reason not in reasons:
-            self.life[Life.UNSAID] += 1  # known to happen, some times in an hour: a figure, and no failure yet
-            reasons = {reason}
         if reason not in reasons:
             self.fail(Life.DAMAGES, f"{state}: the other end is {reason!r}, and not {reasons}: {list(other)}")
         mine[End.LEFT] = Left.TOLD
@@ -664,7 +660,6 @@ class Figures:
     again: int = 0
     given_up: int = 0
     refused: int = 0
-    unsaid: int = 0
     losses: int = 0
     doubles: int = 0
     reorderings: int = 0

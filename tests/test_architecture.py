@@ -14,7 +14,7 @@ PACKAGE = Path(mpchannel.__file__).parent
 # From the ground up; a room imports only from floors below its own.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "events", "_kernel", "_forward"),
-    ("_overflow", "_culprit", "_recycle", "_slots", "_sockdiag"),
+    ("_overflow", "_culprit", "_recycle", "_slots", "_sockdiag", "_plain"),
     ("_wire",),
     ("_end",),
     ("_link", "_shared"),

@@ -142,6 +142,20 @@ def test_messages_of_a_port_that_is_collected_arrive_before_the_close(
     assert event.reason == "collected"
 
 
+def test_a_port_says_that_it_is_collected_though_the_memory_of_its_overflow_file_went_first() -> None:
+    """Of what is garbage together, anything may be finalised first."""
+    near, far = MessageChannel[Any, Any]()
+    for number in range(2000):
+        near.post_message(number)
+    near._link._outbox.memory.__del__()
+    del near
+    gc.collect()
+    assert [far.recv(10) for _ in range(2000)] == list(range(2000))
+    event = far.wait_closed(10)
+    assert event is not None
+    assert event.reason == "collected"
+
+
 @dropping
 def test_a_port_that_was_used_is_collected(let_go: Callable[[Port], None]) -> None:
     channel = MessageChannel[Any, Any]()
