@@ -56,8 +56,8 @@ def run(options: argparse.Namespace) -> int:
             pools.print_figures(rows)
         else:
             channels.print_about(about)
-            rows = channels.measure(rounds, scale)
-            channels.print_figures(rows)
+            rows, about["same_loop_ms"] = channels.measure(rounds, scale)
+            channels.print_figures(rows, about["same_loop_ms"])
         if options.json:
             with open(options.json, "w") as file:
                 json.dump({**about, "scenarios": rows}, file, indent=1)
