@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mpchannel.bench import channels, ends, figures, goals, kinds, pools
+from mpchannel.bench import channels, chart, ends, figures, goals, kinds, pools
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -212,6 +212,9 @@ def test_sizes_shrink_only_below_a_fifth() -> None:
         (["--json", "missing/figures.json"], "missing/figures.json"),
         (["--pools", "--rounds", "0"], "--rounds must be at least 1"),
         (["--start-method", "spawn"], "with --pools only"),
+        (["--chart", "chart.pdf"], "a .png or .svg file, not chart.pdf"),
+        (["--chart", "missing/chart.png"], "missing/chart.png"),
+        (["--pools", "--chart", "chart.png"], "for channels, not for --pools"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_1(arguments: list[str], words: str, tmp_path: Path) -> None:
@@ -228,6 +231,34 @@ def test_a_run_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, capfd: pytes
     with pytest.raises(figures.BenchError, match=r"round trip, small dict, Pipe: it ended without a result"):
         channels.measure(1, 1.0)
     assert "round 1 of 1" in capfd.readouterr().out
+
+
+# The chart
+
+
+@pytest.mark.leaves("Matplotlib keeps its fonts open")
+@pytest.mark.parametrize("ending", chart.ENDINGS)
+def test_a_run_can_be_drawn(ending: str, tmp_path: Path, small_run: tuple[str, dict[str, Any]]) -> None:
+    written = small_run[1]
+    file = tmp_path / f"chart{ending}"
+    chart.draw(written, written["scenarios"], str(file))
+    if ending == ".png":
+        assert file.read_bytes().startswith(b"\x89PNG")
+        return
+    drawn = file.read_text()
+    for row in written["scenarios"]:
+        goal = goals.GOALS.get(row["key"])
+        compared = row["ratio"] is not None and (goal is None or goal.of == "Pipe")
+        assert (f">{row['scenario']}<" in drawn) == compared
+        assert (f">{row['scenario']}: mpchannel<" in drawn) == (row["unit"] == "1/s" and not compared)
+    chart.draw(written, written["scenarios"], str(file))
+    assert file.read_text() == drawn
+
+
+def test_a_chart_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chart, "has_matplotlib", lambda: False)
+    with pytest.raises(figures.BenchError, match=r"pip install 'mpchannel\[bench\]'"):
+        chart.check("chart.png")
 
 
 # Pools
