@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks import __main__ as command
+from benchmarks import peers
 from mpchannel.bench import channels, chart, ends, figures, goals, kinds, pools
 
 
@@ -259,6 +261,80 @@ def test_a_chart_without_matplotlib_says_what_to_install(monkeypatch: pytest.Mon
     monkeypatch.setattr(chart, "has_matplotlib", lambda: False)
     with pytest.raises(figures.BenchError, match=r"pip install 'mpchannel\[bench\]'"):
         chart.check("chart.png")
+
+
+# Peers
+
+
+ALL_PEERS = """
+import json
+from benchmarks import peers
+from mpchannel.bench import channels
+for kind in peers.present():
+    for place, scenario in enumerate(channels.SCENARIOS):
+        if scenario.group in kind.groups:
+            print(json.dumps([kind.name, scenario.name, channels.run_once(place, kind, 0.01)]))
+"""
+
+
+def test_every_peer_that_is_installed_can_do_what_it_takes_part_in() -> None:
+    root = Path(peers.__file__).parents[1]
+    ran = subprocess.run([sys.executable, "-c", ALL_PEERS], cwd=root, capture_output=True, text=True, timeout=110)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    outcomes = {(name, scenario): outcome for name, scenario, outcome in map(json.loads, ran.stdout.splitlines())}
+    for kind in peers.present():
+        for scenario in channels.SCENARIOS:
+            if scenario.group in kind.groups:
+                outcome = outcomes[kind.name, scenario.name]
+                if kind.name == "SimpleQueue" and scenario.group is kinds.Group.BURST:
+                    assert outcome["stuck_after"] > 0
+                else:
+                    assert outcome[0] > 0
+
+
+def test_a_run_with_peers_writes_figures_table_and_chart(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    runs = []
+
+    def run_once(place: int, kind: kinds.Kind, scale: float) -> Any:
+        runs.append((place, kind))
+        if kind.name == "Queue":
+            raise figures.BenchError("it ended without a result")
+        return kinds.Measured(3.0 if kind is kinds.OURS else 2.0, 4.0)
+
+    monkeypatch.setattr(channels, "run_once", run_once)
+    monkeypatch.setattr(chart, "draw", lambda about, rows, path: Path(path).write_text("drawn"))
+    assert command.main(["--rounds", "2", "--out", str(tmp_path / "new" / "results")]) == 0
+    everything = [*kinds.KINDS, *peers.present()]
+    assert sorted(runs[: len(runs) // 2], key=repr) == sorted(
+        (
+            (place, kind)
+            for place, scenario in enumerate(channels.SCENARIOS)
+            for kind in everything
+            if scenario.group in kind.groups
+        ),
+        key=repr,
+    )
+    written = json.loads((tmp_path / "new" / "results" / "figures.json").read_text())
+    (row,) = [row for row in written["scenarios"] if row["key"] == "one way, 1 KiB"]
+    assert row["figures"]["Pipe"] == row["figures"]["SimpleQueue"] == [2.0, 2.0]
+    assert row["figures"]["Queue"] == [{"failed": "it ended without a result"}] * 2
+    table = (tmp_path / "new" / "results" / "table.md").read_text()
+    assert "\n| one way, 1 KiB | 1/s | 2.00 | 3.00 | 1.50 | >=2.2 | **NO** | 4.00 | 4.00 | 0% / 0% |\n" in table
+    assert re.search(
+        r"^\| one way, 1 KiB \| 1/s \| 2.00 \| 3.00 \(1.50x\) \| failed \| 2.00 \(1.00x\) \|.* mpchannel \|$",
+        table,
+        re.M,
+    )
+    assert (tmp_path / "new" / "results" / "chart.svg").read_text() == "drawn"
+    assert "round 1 of 2" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--rounds", "0"], ["--scale", "-1"], ["--out", "/dev/null/results"]])
+def test_bad_input_of_a_run_with_peers_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(arguments) == 1
+    assert re.fullmatch(r"error: .*\n", capsys.readouterr().err)
 
 
 # Pools

@@ -84,26 +84,29 @@ SCENARIOS: Final = (
 # Running them
 
 
-def _take_part(
-    place: int,
-    kind: Kind,
-    near: bool,
-    scale: float,
-    end: Any,
-    signal: Connection,
-    result: Connection | None,
-) -> None:
+def run_side(place: int, scale: float, kind: Kind, end: Any, signal: Any, near: bool) -> Any:
     """What both processes do. The scenario is named by its place in the table, which every process has."""
     scenario = SCENARIOS[place].scaled(scale)
-    if scenario.pinned:
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    outcome: Any
     try:
-        outcome = scenario.run(Side(near, kind, kind.open(end, near), signal, scenario.times, scenario.size))
+        return scenario.run(Side(near, kind, end, signal, scenario.times, scenario.size))
     except Missed as missed:
-        outcome = dict([missed.args])
+        return dict([missed.args])
+
+
+def _take_part(
+    place: int, scale: float, kind: Kind, end: Any, signal: Any, near: bool, result: Connection | None
+) -> None:
+    if SCENARIOS[place].pinned:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    opened = kind.open(end, near)
+    if kind.start_far is not None:
+        if not near:
+            return
+        signal = kind.start_far(opened, place, scale)
+    outcome = run_side(place, scale, kind, opened, signal, near)
     if result is not None:
         result.send(outcome)
+    opened.close()
 
 
 def run_once(place: int, kind: Kind, scale: float) -> Any:
@@ -116,7 +119,7 @@ def run_once(place: int, kind: Kind, scale: float) -> Any:
     with Children() as children:
         for near, end, signal in zip((True, False), ends, signals, strict=True):
             put = for_result if near else None
-            children.start(context.Process(target=_take_part, args=(place, kind, near, scale, end, signal, put)))
+            children.start(context.Process(target=_take_part, args=(place, scale, kind, end, signal, near, put)))
             end.close()
             signal.close()
         for_result.close()
@@ -147,7 +150,7 @@ def measure(rounds: int, scale: float, kinds: Sequence[Kind] = KINDS) -> tuple[l
         first = number % len(kinds)
         for place, row in enumerate(rows):
             for kind in (*kinds[first:], *kinds[:first]):
-                if kind.name not in row["figures"]:
+                if SCENARIOS[place].group not in kind.groups:
                     continue
                 line.show(f"round {number + 1} of {rounds}: {row['scenario']}, {kind.name}")
                 try:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from multiprocessing.connection import Connection
 from typing import Any, Final, NamedTuple
 
 import mpchannel
@@ -74,6 +73,10 @@ class Kind(NamedTuple):
     """(end, on_message): call it for each message, until it returns true."""
     blocks_at: Callable[[Any], int | None] = _nothing
     """The descriptor that a send would wait at, if it waits when the other side does not read."""
+    start_far: Callable[[Any, int, float], Any] | None = None
+    """(near's end, place of the scenario, scale): for a kind that starts the other process itself, which then calls
+    ``channels.run_side``. Returns the signal of near's side.
+    """
     library: str | None = None
     """The module that has to be installed."""
 
@@ -183,7 +186,7 @@ class Side:
     near: bool
     kind: Kind
     end: Any
-    signal: Connection  # between the two processes, the same for all kinds
+    signal: Any  # a Connection or the like between the two processes, the same for all kinds
     times: int
     size: int
     send: Callable[[Any], object] = field(init=False)

@@ -143,9 +143,11 @@ def never_waiting(kind: Kind, end: Any) -> Iterator[None]:
     descriptor = kind.blocks_at(end)
     if descriptor is not None:
         os.set_blocking(descriptor, False)
-    yield
-    if descriptor is not None:
-        os.set_blocking(descriptor, True)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.set_blocking(descriptor, True)
 
 
 def post_many(send: Callable[[Any], object], count: int) -> None:
