@@ -93,6 +93,34 @@ def test_the_run_says_first_which_peers_are_there(small_run: tuple[str, dict[str
         assert (project in found, project in missing) == (there, not there) == (project in written["peers"], not there)
 
 
+# The chart
+
+
+@pytest.mark.leaves("Matplotlib keeps its fonts open")
+@pytest.mark.parametrize("ending", chart.ENDINGS)
+def test_a_run_can_be_drawn(ending: str, tmp_path: Path, small_run: tuple[str, dict[str, Any]]) -> None:
+    written = small_run[1]
+    file = tmp_path / f"chart{ending}"
+    chart.draw(written, written["scenarios"], str(file))
+    if ending == ".png":
+        assert file.read_bytes().startswith(b"\x89PNG")
+        return
+    drawn = file.read_text()
+    for row in written["scenarios"]:
+        goal = goals.GOALS.get(row["key"])
+        compared = row["ratio"] is not None and (goal is None or goal.of == "Pipe")
+        assert (f">{row['scenario']}<" in drawn) == compared
+        assert (f">{row['scenario']}: mpchannel<" in drawn) == (row["unit"] == "1/s" and not compared)
+    chart.draw(written, written["scenarios"], str(file))
+    assert file.read_text() == drawn
+
+
+def test_a_chart_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chart, "has_matplotlib", lambda: False)
+    with pytest.raises(figures.BenchError, match=r"pip install 'mpchannel\[bench\]'"):
+        chart.check("chart.png")
+
+
 # The goals
 
 
@@ -233,34 +261,6 @@ def test_a_run_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, capfd: pytes
     with pytest.raises(figures.BenchError, match=r"round trip, small dict, Pipe: it ended without a result"):
         channels.measure(1, 1.0)
     assert "round 1 of 1" in capfd.readouterr().out
-
-
-# The chart
-
-
-@pytest.mark.leaves("Matplotlib keeps its fonts open")
-@pytest.mark.parametrize("ending", chart.ENDINGS)
-def test_a_run_can_be_drawn(ending: str, tmp_path: Path, small_run: tuple[str, dict[str, Any]]) -> None:
-    written = small_run[1]
-    file = tmp_path / f"chart{ending}"
-    chart.draw(written, written["scenarios"], str(file))
-    if ending == ".png":
-        assert file.read_bytes().startswith(b"\x89PNG")
-        return
-    drawn = file.read_text()
-    for row in written["scenarios"]:
-        goal = goals.GOALS.get(row["key"])
-        compared = row["ratio"] is not None and (goal is None or goal.of == "Pipe")
-        assert (f">{row['scenario']}<" in drawn) == compared
-        assert (f">{row['scenario']}: mpchannel<" in drawn) == (row["unit"] == "1/s" and not compared)
-    chart.draw(written, written["scenarios"], str(file))
-    assert file.read_text() == drawn
-
-
-def test_a_chart_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chart, "has_matplotlib", lambda: False)
-    with pytest.raises(figures.BenchError, match=r"pip install 'mpchannel\[bench\]'"):
-        chart.check("chart.png")
 
 
 # Peers
