@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from mpchannel.bench import channels, figures, pools, scenarios
+from benchmarks import __main__ as command
+from benchmarks import peers
+from mpchannel.bench import channels, chart, ends, figures, goals, kinds, pools
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -22,7 +24,6 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         timeout=110,
-        env=os.environ | {"COLUMNS": "200"},
     )
 
 
@@ -30,93 +31,206 @@ def number(text: str) -> float:
     return float(text.replace(",", ""))
 
 
-def test_bench_measures_every_scenario_with_both(tmp_path: Path) -> None:
-    # A hundredth: 1,000 messages in a burst, which is more than a Pipe holds.
-    ran = run(tmp_path, "--quick", "--rounds", "1", "--scale", "0.01", "--json", "figures.json")
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """What a run of a hundredth has printed and written: 1,000 messages in a burst, which is more than a Pipe holds."""
+    folder = tmp_path_factory.mktemp("bench")
+    ran = run(folder, "--quick", "--rounds", "1", "--scale", "0.01", "--json", "figures.json")
     assert (ran.returncode, ran.stderr) == (0, "")
-    assert re.search(r"cores: \d+, rounds: 1$", ran.stdout, re.MULTILINE)
-    written = json.loads((tmp_path / "figures.json").read_text())
-    assert written["rounds"] == 1
-    assert len(written["scenarios"]) == len(scenarios.SCENARIOS)
-    lines = ran.stdout.splitlines()
-    for scenario, raw in zip(scenarios.SCENARIOS, written["scenarios"], strict=True):
-        assert raw["scenario"].startswith(scenario.name.partition("{")[0])
-        (line,) = [line for line in lines if re.match(re.escape(raw["scenario"]) + "  .*" + scenario.better, line)]
-        _, unit, pipe, ours, ratio, goal, met, p99, noise, _ = re.split(r" {2,}", line)
+    return ran.stdout, json.loads((folder / "figures.json").read_text())
+
+
+def test_bench_measures_every_scenario_with_both(small_run: tuple[str, dict[str, Any]]) -> None:
+    printed, written = small_run
+    assert re.search(r"cores: \d+, rounds: 1$", printed, re.MULTILINE)
+    assert written["rounds"] == len(written["same_loop_ms"]) == 1
+    assert [row["key"] for row in written["scenarios"]] == [scenario.name for scenario in channels.SCENARIOS]
+    first_table, _, second_table = printed.partition("99th percentile")
+    assert max(map(len, printed.splitlines())) <= 80
+    for scenario, row in zip(channels.SCENARIOS, written["scenarios"], strict=True):
+        can = [kind.name for kind in kinds.KINDS if scenario.group in kind.groups]
+        assert (row["unit"], row["better"], row["pinned"]) == (scenario.unit, scenario.better, scenario.pinned)
+        assert list(row["figures"]) == can
+        (line,) = [line for line in first_table.splitlines() if re.match(rf"{re.escape(row['scenario'])} {{2,}}", line)]
+        _, unit, pipe, ours, ratio, goal, met = re.split(r" {2,}", line)
         assert unit == scenario.unit
         assert number(ours) > 0
-        (figure,) = raw["figures"]["mpchannel"]
-        if isinstance(figure, dict):
-            assert number(ours) == pytest.approx(figure["p50"], rel=0.05)
-            assert number(p99) == pytest.approx(figure["p99"], rel=0.05)
-            assert figure["p99"] >= figure["p50"]
+        assert row["figures"]["mpchannel"] == [pytest.approx(number(ours), rel=0.05)]
+        if scenario.group is kinds.Group.BURST or (scenario.group is kinds.Group.POST and scenario.size):
+            assert row["figures"]["Pipe"] == [{"stuck_after": number(pipe.removeprefix("stuck "))}]
+        elif "bystander" in scenario.name:
+            assert (pipe, row["figures"]["Pipe"]) == ("never", [{"never_within": 1.0}])
+        elif "Pipe" not in can:
+            assert pipe == "-"
         else:
-            assert number(ours) == pytest.approx(figure, rel=0.05)
-            assert p99 == "-"
-        assert noise == "-"  # of one round
-        assert (goal == "-") == (scenario.goal is None)
-        if scenario.name.startswith("burst"):
-            assert number(pipe.removeprefix("stuck at ")) > 0
-            assert raw["figures"]["Pipe"] == [{"stuck_after": number(pipe.removeprefix("stuck at "))}]
-            assert ratio == "-"
-        elif scenario.name.endswith("a fork lives on"):
-            assert (pipe, ratio, met) == ("never", "-", "-")
-        elif not scenario.pipe_can:
-            assert (pipe, ratio) == ("-", "-")
-            assert set(raw["figures"]) == {"mpchannel"}
-        else:
-            assert number(pipe) > 0
-            assert number(ratio.removesuffix("x")) == pytest.approx(number(ours) / number(pipe), rel=0.05)
-        if scenario.goal is not None:
-            reached = number(ours if scenario.goal.absolute else ratio.removesuffix("x"))
-            if reached != pytest.approx(scenario.goal.limit, rel=0.01):
-                assert met == ("yes" if (reached < scenario.goal.limit) == (scenario.better == "lower") else "no")
+            (figure,) = row["figures"]["Pipe"]
+            assert figure > 0 or scenario.group is kinds.Group.MEMORY  # so few that they fit in between
+            assert number(pipe) == pytest.approx(figure, rel=0.05, abs=0.006)
+            if scenario.name not in goals.GOALS and figure:
+                assert number(ratio) == pytest.approx(row["figures"]["mpchannel"][0] / figure, rel=0.01)
+        assert (goal == "-") == (scenario.name not in goals.GOALS)
+        assert met == {None: "-", True: "yes", False: "NO"}[row["met"]]
+        (line,) = [line for line in second_table.splitlines() if line.startswith(row["scenario"] + " ")]
+        assert (re.split(r" {2,}", line)[3] != "-") == ("mpchannel" in row["p99"])
 
 
-def test_only_some_scenarios(tmp_path: Path) -> None:
-    ran = run(tmp_path, "--rounds", "2", "--scale", "0.01", "--only", "create", "--json", "figures.json")
-    assert (ran.returncode, ran.stderr) == (0, "")
-    (row,) = json.loads((tmp_path / "figures.json").read_text())["scenarios"]
-    assert row["scenario"] == "create and close"
-    assert len(row["figures"]["Pipe"]) == len(row["figures"]["mpchannel"]) == 2
-    assert re.search(r"create and close .* \d+% +lower$", ran.stdout, re.MULTILINE)  # the noise
+def test_whatever_is_a_time_has_a_99th_percentile(small_run: tuple[str, dict[str, Any]]) -> None:
+    for row in small_run[1]["scenarios"]:
+        if row["unit"] not in ("us", "ms") or row["key"].startswith("move"):
+            assert not row["p99"]
+            continue
+        for name, (outcome,) in row["figures"].items():
+            assert isinstance(outcome, dict) or row["p99"][name][0] >= outcome > 0
 
 
-def test_medians_p99_noise_and_goals_of_a_row() -> None:
-    row = {
-        "better": "lower",
-        "figures": {"Pipe": [4.0, 8.0, 6.0], "mpchannel": [{"p50": 1.0, "p99": 9.0}, {"p50": 3.0, "p99": 7.0}]},
-        "goal": {"limit": 0.4, "of": "ratio"},
-    }
-    assert channels.typical(row["figures"]["mpchannel"]) == 2.0
-    assert channels.typical(row["figures"]["mpchannel"], "p99") == 8.0
-    assert channels.noise(row["figures"]["mpchannel"]) == 0.5
-    assert channels.ratio(row) == pytest.approx(1 / 3)
-    assert channels.met(row) is True
-    assert channels.met(row | {"better": "higher"}) is False
-    assert channels.met(row | {"goal": {"limit": 1.5, "of": "figure"}}) is False
-    assert channels.met(row | {"figures": {"Pipe": [{"never": 0.5}], "mpchannel": [1.0]}}) is None
-    assert channels.typical([1.0, {"stuck_after": 7}, {"stuck_after": 5}]) == {"stuck_after": 5}
+def test_the_run_says_first_which_peers_are_there(small_run: tuple[str, dict[str, Any]]) -> None:
+    printed, written = small_run
+    begin = printed.partition("medians")[0]
+    (found,) = re.findall(r"^peers found: (.*)$", begin, re.MULTILINE)
+    (missing,) = re.findall(r"^peers missing: (.*)$", begin, re.MULTILINE)
+    for module, project in figures.PEERS.items():
+        there = importlib.util.find_spec(module) is not None
+        assert (project in found, project in missing) == (there, not there) == (project in written["peers"], not there)
+
+
+# The chart
+
+
+@pytest.mark.leaves("Matplotlib keeps its fonts open")
+@pytest.mark.parametrize("ending", chart.ENDINGS)
+def test_a_run_can_be_drawn(ending: str, tmp_path: Path, small_run: tuple[str, dict[str, Any]]) -> None:
+    written = small_run[1]
+    file = tmp_path / f"chart{ending}"
+    chart.draw(written, written["scenarios"], str(file))
+    if ending == ".png":
+        assert file.read_bytes().startswith(b"\x89PNG")
+        return
+    drawn = file.read_text()
+    for row in written["scenarios"]:
+        goal = goals.GOALS.get(row["key"])
+        compared = row["ratio"] is not None and (goal is None or goal.of == "Pipe")
+        assert (f">{row['scenario']}<" in drawn) == compared
+        assert (f">{row['scenario']}: mpchannel<" in drawn) == (row["unit"] == "1/s" and not compared)
+    chart.draw(written, written["scenarios"], str(file))
+    assert file.read_text() == drawn
+
+
+def test_a_chart_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chart, "has_matplotlib", lambda: False)
+    with pytest.raises(figures.BenchError, match=r"pip install 'mpchannel\[bench\]'"):
+        chart.check("chart.png")
+
+
+# The goals
+
+
+def row_of(key: str, pipe: list[Any], ours: list[Any]) -> dict[str, Any]:
+    return {"key": key, "scenario": key, "figures": {"Pipe": pipe, "mpchannel": ours}}
+
+
+@pytest.mark.parametrize(
+    ("key", "pipe", "ours", "ratio", "met"),
+    [
+        ("round trip, one core", [9.0, 10.0, 30.0], [1.0, 6.0, 7.0], 0.6, True),
+        ("round trip, one core", [10.0], [6.1], 0.61, False),
+        ("hand over, one core", [10.0], [70.0], 7.0, True),
+        ("hand over, one core", [10.0], [69.0], 6.9, False),
+        ("burst of {times:,}, posted", [{"stuck_after": 278}], [400_000.0], None, True),
+        ("burst of {times:,}, posted", [{"stuck_after": 278}], [399_999.0], None, False),
+        ("import", [], [15.0], None, True),
+        ("import", [], [15.1], None, False),
+        ("import", [], [3.0, {"loads": "numpy"}], None, False),
+        ("hand over", [2.0], [3.0], 1.5, None),
+    ],
+)
+def test_a_goal_is_met_or_not(key: str, pipe: list[Any], ours: list[Any], ratio: float | None, met: bool) -> None:
+    row = row_of(key, pipe, ours)
+    goals.judge([row])
+    assert row["ratio"] == (None if ratio is None else pytest.approx(ratio))
+    assert row["met"] is met
+
+
+def test_a_goal_may_be_about_another_row() -> None:
+    rows = [
+        row_of("SIGKILL noticed", [2.0], [2.5]),
+        row_of("SIGKILL, with a bystander", [{"never_within": 1.0}], [2.4]),
+        row_of("post, none queued", [1.0], [4.0]),
+        row_of("post, {size:,} queued", [{"stuck_after": 278}], [6.0]),
+    ]
+    goals.judge(rows)
+    assert [row["ratio"] for row in rows] == [1.25, 1.2, 4.0, 1.5]
+    assert [row["met"] for row in rows] == [False, True, None, False]
+    assert goals.count_met(rows) == "goals met: 1 of 3"
+
+
+def test_every_goal_has_its_row_and_what_it_is_about() -> None:
+    names = {scenario.name for scenario in channels.SCENARIOS}
+    assert set(goals.GOALS) <= names
+    for scenario in channels.SCENARIOS:
+        goal = goals.GOALS.get(scenario.name)
+        if goal is not None:
+            assert goal.row is None or goal.row in names
+            assert (goal.direction == goals.AT_MOST) == (scenario.better == figures.LOWER)
+
+
+def test_noise_is_how_far_the_middle_half_of_the_rounds_is_apart() -> None:
+    assert goals.spread([100.0, 90.0, 110.0, 1000.0, 1.0]) == pytest.approx(0.2)
+    assert goals.spread([5.0]) is None
+    assert goals.spread([5.0, {"stuck_after": 1}]) is None
+
+
+# Runs
+
+
+def test_import_time_tells_what_should_not_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ends, "_TIME_IMPORT", ends._TIME_IMPORT.replace("import mpchannel", "import asyncio"))
+    end, other = kinds.PIPE.pair()
+    with end, other:
+        side = kinds.Side(near=True, kind=kinds.PIPE, end=end, signal=other, times=1, size=0)
+        with pytest.raises(kinds.Missed) as missed:
+            ends.import_time(side)
+    assert missed.value.args == ("loads", "asyncio")
+
+
+def test_too_many_descriptors_are_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ends.resource, "getrlimit", lambda _: (64, 1_000))
+    with pytest.raises(kinds.Missed) as missed:
+        ends.room_for(1_000)
+    assert missed.value.args == ("needs_descriptors", 1_100)
 
 
 def test_each_round_runs_both_right_after_each_other_in_alternating_order(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
 
-    def run_once(place: int, kind: int, times: int, module: str) -> Any:
-        runs.append((place, kind))
-        return 1.0
+    def run_once(place: int, kind: kinds.Kind, scale: float) -> Any:
+        runs.append((place, kind.name))
+        return kinds.Measured(1.0, 2.0)
 
     monkeypatch.setattr(channels, "run_once", run_once)
-    rows = channels.measure(3, 1.0)
+    rows, work = channels.measure(3, 1.0)
     expected = [
-        (place, kind)
+        (place, kind.name)
         for order in ((0, 1), (1, 0), (0, 1))
-        for place, scenario in enumerate(scenarios.SCENARIOS)
-        for kind in order
-        if kind == 1 or scenario.pipe_can
+        for place, scenario in enumerate(channels.SCENARIOS)
+        for kind in (kinds.KINDS[each] for each in order)
+        if scenario.group in kind.groups
     ]
     assert runs == expected
+    assert len(work) == 3
     assert all(figures == [1.0] * 3 for row in rows for figures in row["figures"].values())
+    assert all(figures == [2.0] * 3 for row in rows for figures in row["p99"].values())
+    assert all(noise == 0 for row in rows for noise in row["noise"].values())
+
+
+def test_sizes_shrink_only_below_a_fifth() -> None:
+    scenario = next(each for each in channels.SCENARIOS if each.name == "{size:,} ends, flood")
+    assert [scenario.scaled(scale)[0] for scale in (2, 1, 0.2, 0.1)] == [
+        "1,000 ends, flood",
+        "1,000 ends, flood",
+        "1,000 ends, flood",
+        "500 ends, flood",
+    ]
+    assert [scenario.scaled(scale).times for scale in (2, 1, 0.2, 0.001)] == [100, 50, 10, 1]
 
 
 @pytest.mark.parametrize(
@@ -128,8 +242,9 @@ def test_each_round_runs_both_right_after_each_other_in_alternating_order(monkey
         (["--json", "missing/figures.json"], "missing/figures.json"),
         (["--pools", "--rounds", "0"], "--rounds must be at least 1"),
         (["--start-method", "spawn"], "with --pools only"),
-        (["--only", "create", "--pools"], "without --pools"),
-        (["--only", "nothing of the kind"], "no scenario has 'nothing of the kind' in its name"),
+        (["--chart", "chart.pdf"], "a .png or .svg file, not chart.pdf"),
+        (["--chart", "missing/chart.png"], "missing/chart.png"),
+        (["--pools", "--chart", "chart.png"], "for channels, not for --pools"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_1(arguments: list[str], words: str, tmp_path: Path) -> None:
@@ -139,13 +254,87 @@ def test_bad_input_is_one_line_and_exit_code_1(arguments: list[str], words: str,
 
 
 def test_a_run_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    def run_once(place: int, kind: int, times: int, module: str) -> Any:
+    def run_once(place: int, kind: kinds.Kind, scale: float) -> Any:
         raise figures.BenchError("it ended without a result")
 
     monkeypatch.setattr(channels, "run_once", run_once)
     with pytest.raises(figures.BenchError, match=r"round trip, small dict, Pipe: it ended without a result"):
         channels.measure(1, 1.0)
     assert "round 1 of 1" in capfd.readouterr().out
+
+
+# Peers
+
+
+ALL_PEERS = """
+import json
+from benchmarks import peers
+from mpchannel.bench import channels
+for kind in peers.present():
+    for place, scenario in enumerate(channels.SCENARIOS):
+        if scenario.group in kind.groups:
+            print(json.dumps([kind.name, scenario.name, channels.run_once(place, kind, 0.01)]))
+"""
+
+
+def test_every_peer_that_is_installed_can_do_what_it_takes_part_in() -> None:
+    root = Path(peers.__file__).parents[1]
+    ran = subprocess.run([sys.executable, "-c", ALL_PEERS], cwd=root, capture_output=True, text=True, timeout=110)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    outcomes = {(name, scenario): outcome for name, scenario, outcome in map(json.loads, ran.stdout.splitlines())}
+    for kind in peers.present():
+        for scenario in channels.SCENARIOS:
+            if scenario.group in kind.groups:
+                outcome = outcomes[kind.name, scenario.name]
+                if kind.name == "SimpleQueue" and scenario.group is kinds.Group.BURST:
+                    assert outcome["stuck_after"] > 0
+                else:
+                    assert outcome[0] > 0
+
+
+def test_a_run_with_peers_writes_figures_table_and_chart(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    runs = []
+
+    def run_once(place: int, kind: kinds.Kind, scale: float) -> Any:
+        runs.append((place, kind))
+        if kind.name == "Queue":
+            raise figures.BenchError("it ended without a result")
+        return kinds.Measured(3.0 if kind is kinds.OURS else 2.0, 4.0)
+
+    monkeypatch.setattr(channels, "run_once", run_once)
+    monkeypatch.setattr(chart, "draw", lambda about, rows, path: Path(path).write_text("drawn"))
+    assert command.main(["--rounds", "2", "--out", str(tmp_path / "new" / "results")]) == 0
+    everything = [*kinds.KINDS, *peers.present()]
+    assert sorted(runs[: len(runs) // 2], key=repr) == sorted(
+        (
+            (place, kind)
+            for place, scenario in enumerate(channels.SCENARIOS)
+            for kind in everything
+            if scenario.group in kind.groups
+        ),
+        key=repr,
+    )
+    written = json.loads((tmp_path / "new" / "results" / "figures.json").read_text())
+    (row,) = [row for row in written["scenarios"] if row["key"] == "one way, 1 KiB"]
+    assert row["figures"]["Pipe"] == row["figures"]["SimpleQueue"] == [2.0, 2.0]
+    assert row["figures"]["Queue"] == [{"failed": "it ended without a result"}] * 2
+    table = (tmp_path / "new" / "results" / "table.md").read_text()
+    assert "\n| one way, 1 KiB | 1/s | 2.00 | 3.00 | 1.50 | >=2.2 | **NO** | 4.00 | 4.00 | 0% / 0% |\n" in table
+    assert re.search(
+        r"^\| one way, 1 KiB \| 1/s \| 2.00 \| 3.00 \(1.50x\) \| failed \| 2.00 \(1.00x\) \|.* mpchannel \|$",
+        table,
+        re.M,
+    )
+    assert (tmp_path / "new" / "results" / "chart.svg").read_text() == "drawn"
+    assert "round 1 of 2" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--rounds", "0"], ["--scale", "-1"], ["--out", "/dev/null/results"]])
+def test_bad_input_of_a_run_with_peers_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(arguments) == 1
+    assert re.fullmatch(r"error: .*\n", capsys.readouterr().err)
 
 
 # Pools

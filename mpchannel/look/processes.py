@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
+from .._sockdiag import unix_sockets
+
 _TICKS: Final = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 _MEMORY: Final = "/memfd:mpchannel"  # what _kernel.Memory calls what it makes
 
@@ -107,11 +109,12 @@ def look_at(root: int) -> Look:
             processes.append(_process(pid, held))
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue  # it ended while we looked, or became another user's
-    sockets = _sockets()
+    sockets = unix_sockets()
     ends = [
-        End(inode, peer or None, unread, sockets.get(peer, (0, 0, 0))[2], sorted(held[inode]))
-        for inode, (peer, unread, _) in sorted(sockets.items())
-        if inode in held
+        End(inode, each.peer or None, each.waiting, other.held if other else 0, sorted(held[inode]))
+        for inode, each in sorted(sockets.items())
+        if inode in held and each.kind == socket.SOCK_SEQPACKET
+        for other in (sockets.get(each.peer),)
     ]
     now = Look(time.monotonic(), processes, ends, [])
     now.hints = hints(now)
@@ -231,51 +234,6 @@ def _thread(pid: int, tid: int, numbers: dict[int, int], bells: set[int]) -> Thr
     else:
         thread.waits = "something else"
     return thread
-
-
-# NETLINK_SOCK_DIAG (sock_diag(7)): all packet sockets of this network namespace
-
-_REQUEST: Final = struct.Struct("=IHHIIBBHIIIII")
-_HEAD: Final = struct.Struct("=IHHII")
-_SOCKET: Final = struct.Struct("=BBBBIII")
-_ATTRIBUTE: Final = struct.Struct("=HH")
-_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _DUMP = 4, 20, 0x301
-_SHOW_PEER, _SHOW_QUEUES = 0x04, 0x10
-_PEER, _QUEUES, _ERROR, _DONE = 2, 4, 2, 3
-
-
-def _sockets() -> dict[int, tuple[int, int, int]]:
-    """By inode: the peer's inode (0: it is gone), bytes that wait to be read, and memory that what it sent takes."""
-    about = socket.AF_UNIX, 0, 0, 0xFFFFFFFF, 0, _SHOW_PEER | _SHOW_QUEUES, 0, 0
-    request = _REQUEST.pack(_REQUEST.size, _SOCK_DIAG_BY_FAMILY, _DUMP, 1, 0, *about)
-    found: dict[int, tuple[int, int, int]] = {}
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as netlink:
-        netlink.sendto(request, (0, 0))
-        while True:
-            answer = netlink.recv(1 << 18)
-            at = 0
-            while at < len(answer):
-                length, kind, _, _, _ = _HEAD.unpack_from(answer, at)
-                if kind == _DONE:
-                    return found
-                if kind == _ERROR:
-                    raise LookError("this kernel does not tell about sockets (CONFIG_UNIX_DIAG)")
-                _, type, _, _, inode, _, _ = _SOCKET.unpack_from(answer, at + _HEAD.size)
-                if type == socket.SOCK_SEQPACKET:
-                    found[inode] = _attributes(answer[at + _HEAD.size + _SOCKET.size : at + length])
-                at += length + 3 & ~3
-
-
-def _attributes(data: bytes) -> tuple[int, int, int]:
-    peer = unread = sent = at = 0
-    while at + _ATTRIBUTE.size <= len(data):
-        length, kind = _ATTRIBUTE.unpack_from(data, at)
-        if kind == _PEER:
-            (peer,) = struct.unpack_from("=I", data, at + _ATTRIBUTE.size)
-        elif kind == _QUEUES:
-            unread, sent = struct.unpack_from("=II", data, at + _ATTRIBUTE.size)
-        at += max(length + 3 & ~3, _ATTRIBUTE.size)
-    return peer, unread, sent
 
 
 # Who waits for whom
