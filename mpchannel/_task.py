@@ -44,7 +44,10 @@ def cancelled() -> bool:
 
 
 def report(done: float, total: float | None = None, text: str = "") -> None:
-    """In a task: how far it is. The caller's ``on_progress`` gets the same arguments. Nothing elsewhere."""
+    """In a task: how far it is, *done* of *total* (if that is known), and a *text* to show.
+
+    The caller's ``on_progress`` gets the same three. Elsewhere it does nothing.
+    """
     port = parent_port()
     if _Here.control is not None and port is not None:
         port.post_message((REPORT, _Here.number, (done, total, text)))

@@ -73,7 +73,7 @@ class MessageChannel(Generic[One, Other]):
 
 
 def receive_message_on_port(port: MessagePort[Any, T]) -> MessageEvent[T] | None:
-    """Take one message if there is one; ``None`` if there is none, or the channel is closed.
+    """Take one message of *port* if there is one; ``None`` if there is none, or the channel is closed.
 
     Works on a port that was never started. A message goes either here or to listeners. Raises ``TypeError`` for what
     is not a port, ``MessageError`` and ``PortDetachedError`` as ``MessagePort.receive``.
@@ -87,7 +87,7 @@ def receive_message_on_port(port: MessagePort[Any, T]) -> MessageEvent[T] | None
 
 
 def wait(object_list: Iterable[Any], timeout: float | None = None) -> list[Any]:
-    """Those of the ports, connections, sockets and process sentinels that are ready, waiting until one is.
+    """Those in *object_list* (ports, connections, sockets, process sentinels) that are ready, waiting until one is.
 
     As ``multiprocessing.connection.wait``: a port is ready when ``recv`` would not wait. An empty list after *timeout*
     seconds.

@@ -53,7 +53,11 @@ def __getattr__(name: str) -> Any:
 
 @final
 class Connection(Transferable, stdlib.Connection):
-    """One end of a ``Pipe()``: ``multiprocessing.connection.Connection``, over packets."""
+    """One end of a ``Pipe()``: ``multiprocessing.connection.Connection``, over packets.
+
+    *handle*: the descriptor of an end of such a pipe, which it takes over; *readable*, *writable*: what it may be used
+    for. Raises ``ValueError`` if that is no descriptor, or if it may be used for neither.
+    """
 
     _end: SharedEnd
     _readable: bool
@@ -107,6 +111,7 @@ class Connection(Transferable, stdlib.Connection):
 
     @property
     def closed(self) -> bool:
+        """Whether this process's copy is closed."""
         return not self._end.open
 
     def __repr__(self) -> str:
@@ -147,7 +152,11 @@ class Connection(Transferable, stdlib.Connection):
     # Sending
 
     def send(self, obj: Any) -> None:
-        """Send a picklable object. Never waits for the receiver; ports found in *obj* move."""
+        """Send a picklable object. Never waits for the receiver; ports found in *obj* move.
+
+        Raises ``BrokenPipeError`` if nobody has the other end any more, ``OSError`` if this one is closed or for
+        reading only, and what the pickler raises, with the path to what cannot be sent.
+        """
         end = self._end
         if not (self._writable and end.open):
             self._check_closed()

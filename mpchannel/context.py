@@ -198,8 +198,8 @@ class DefaultContext(_Ours, stdlib.DefaultContext):
     _actual_context: Any
 
     def get_context(self, method: str | None = None) -> Any:
-        """The context of a start method (``fork``, ``spawn``, ``forkserver``); default: the one that is set, or else
-        this Python's own default.
+        """The context of the start *method* ``fork``, ``spawn`` or ``forkserver``; default: the one that is set, or$
+        else this Python's own default.
 
         Raises ``ValueError`` for an unknown method, as the standard library does.
         """

@@ -97,10 +97,12 @@ class CloseEvent(Event):
 
     @property
     def was_clean(self) -> bool:
+        """True for the reasons ``closed``, ``collected`` and ``exited``."""
         return self.reason in ("closed", "collected", "exited")
 
     @property
     def exitcode(self) -> int | None:
+        """Exit code of the process that held it, as told above."""
         found = self._exitcode
         if callable(found):
             self._exitcode = found = found()

@@ -70,10 +70,12 @@ class IpcEvent(Event):
 
     @property
     def channel(self) -> str:
+        """Its name."""
         return self.type
 
     @property
     def data(self) -> Any:
+        """The first of ``args``; ``None`` if there are none."""
         return self.args[0] if self.args else None
 
     def reply(self, channel: str, message: Any = None, transfer: Iterable[Any] | None = ()) -> bool:
@@ -109,10 +111,10 @@ class _Answering(_Named):
         self._functions: dict[str, Callable[..., Any]] = {}
 
     def handle(self, channel: str, fn: Callable[..., Any]) -> None:
-        """Have ``ipc.parent.invoke(channel, *args)`` answered by ``fn(event, *args)``: with what it returns, or by its
-        exception. On an asyncio loop it may be a coroutine function.
+        """Have ``ipc.parent.invoke(channel, *args)`` of this *channel* answered by ``fn(event, *args)``: with what it
+        returns, or by its exception. On an asyncio loop it may be a coroutine function.
 
-        Raises ``ValueError`` if that channel is handled here already.
+        Raises ``ValueError`` if that channel is handled here already, ``TypeError`` if *fn* is not callable.
         """
         _check_channel(channel)
         if not callable(fn):
@@ -345,15 +347,15 @@ class Main(_Answering):
         self._children: weakref.WeakSet[ChildIpc] = weakref.WeakSet()
 
     def post_message(self, channel: str, message: Any = None, transfer: Iterable[Any] | None = ()) -> bool:
-        """``post_message`` to every child that has named channels. Whether any took it. A port can go to one child
-        only, so *transfer* must be empty: use ``worker.ipc.post_message``.
+        """Post *message* on *channel* to every child that has named channels. Whether any took it. A port can go to one
+        child only, so *transfer* must be empty, or it is a ``DataCloneError``: use ``worker.ipc.post_message``.
         """
         if transfer is not None and list(transfer):
             raise DataCloneError("ports can move to one child only: use post_message of worker.ipc or process.ipc")
         return self._to_all(lambda child: child.post_message(channel, message))
 
     def send(self, channel: str, *args: Any) -> bool:
-        """``send`` to every child that has named channels. Whether any took it."""
+        """Send *args* on *channel* to every child that has named channels. Whether any took it."""
         _check_channel(channel)
         return self._to_all(lambda child: child.send(channel, *args))
 

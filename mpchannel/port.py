@@ -56,7 +56,8 @@ _NO_TRANSFER: Final[tuple[()]] = ()
 
 
 class MessagePort(Endpoint, Generic[SendT, RecvT]):
-    """One end of a channel. It lives in exactly one process; it moves, it is never copied. Made by ``MessageChannel``.
+    """One end of a channel. It lives in exactly one process; it moves, it is never copied. Made by ``MessageChannel``
+    (``MessagePort()`` raises ``TypeError``).
 
     What is promised: every message posted at one end is received exactly once, in order, by whoever then holds the
     other end; posting never waits for the receiver; what was posted survives the end of its sender, even a SIGKILL.
@@ -202,7 +203,10 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
         return self._link.buffered
 
     def drain(self, timeout: float | None = None) -> None:
-        """Wait until all that was posted was taken, or the channel is closed. Raises ``TimeoutError``."""
+        """Wait until all that was posted was taken, or the channel is closed.
+
+        Raises ``TimeoutError`` after *timeout* seconds.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         for pause in _growing_pauses():
             if not self._link.buffered:
@@ -310,7 +314,10 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
                 return False
 
     def fileno(self) -> int:
-        """The descriptor to wait on: readable when a message is there or the other end is gone. Do not read from it."""
+        """The descriptor to wait on: readable when a message is there or the other end is gone. Do not read from it.
+
+        Raises ``OSError`` if the port is closed, ``PortDetachedError`` if it was moved away.
+        """
         try:
             return self._link.fileno()
         except PortClosedError as error:
@@ -365,7 +372,11 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
     # multiprocessing.connection.Connection's own interface
 
     def send(self, obj: SendT) -> None:
-        """``Connection.send``: ports found in *obj* move. Raises ``OSError`` on a channel that is closed."""
+        """``Connection.send``: ports found in *obj* move.
+
+        Raises ``OSError`` on a channel that is closed, ``DataCloneError`` for what cannot be sent; nothing
+        has moved then.
+        """
         moving = Moving(None)
         data = pack(obj, moving)
         for place, each in enumerate(moving.objects):
@@ -434,10 +445,12 @@ class MessagePort(Endpoint, Generic[SendT, RecvT]):
 
     @property
     def readable(self) -> bool:
+        """Whether it can still be used here: neither closed nor moved away."""
         return self._state is State.OPEN
 
     @property
     def writable(self) -> bool:
+        """The same as ``readable``."""
         return self._state is State.OPEN
 
     # Listening (on, once, off and the rest are EventTarget's)

@@ -555,7 +555,10 @@ def awrap(port: AnyPort | Worker) -> Any:
 
 
 def release(proxy: Any) -> None:
-    """Let go of the object behind *proxy*: its channel is closed, and what exposes the object lets go of it too."""
+    """Let go of the object behind *proxy*: its channel is closed, and what exposes the object lets go of it too.
+
+    Raises ``TypeError`` for what is no proxy.
+    """
     if not isinstance(proxy, Proxy):
         raise TypeError(f"release takes what wrap or awrap returned, not {proxy!r}")
     proxy._caller.close()

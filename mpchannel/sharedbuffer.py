@@ -55,8 +55,8 @@ class SharedBuffer(_Mapping, Transferable):
     *shared*: both sides see each other's changes at once, and are to agree on who writes when, by messages for example.
     Listed in ``transfer`` it *moves*: this object is detached, no byte is copied.
 
-    Raises ``ValueError`` for a size below 1, ``MemoryError`` if the system has not that much, ``OSError`` at a limit,
-    ``NotImplementedError`` on a system without the kernel features that it needs.
+    Raises ``TypeError`` for what is no size, ``ValueError`` for one below 1, ``MemoryError`` if the system has not that
+    much, ``OSError`` at a limit, ``NotImplementedError`` on a system without the kernel features that it needs.
     Moving or closing it while views of it are alive (slices, memoryviews, arrays) raises ``BufferError``, and nothing
     happened. It is never copied: ``bytes(buffer)`` copies what is in it.
     """
@@ -99,7 +99,10 @@ class SharedBuffer(_Mapping, Transferable):
 
     @classmethod
     def from_buffer(cls, obj: Any) -> Self:
-        """A new one with the bytes of *obj*, which has the buffer protocol: bytes, an array, a view."""
+        """A new one with the bytes of *obj*, which has the buffer protocol: bytes, an array, a view.
+
+        Raises ``ValueError`` if there are none, and else as the constructor.
+        """
         with memoryview(obj) as view:
             if not view.nbytes:
                 raise ValueError("obj has no bytes")
@@ -131,10 +134,12 @@ class SharedBuffer(_Mapping, Transferable):
 
     @property
     def readonly(self) -> bool:
+        """Whether it cannot be written to here."""
         return self._readonly
 
     @property
     def nbytes(self) -> int:
+        """Its size in bytes."""
         return len(self)
 
     @property
@@ -153,6 +158,7 @@ class SharedBuffer(_Mapping, Transferable):
         return super().__getitem__(key)
 
     def resize(self, newsize: int) -> NoReturn:
+        """There is no *newsize* for it: raises ``TypeError``."""
         raise TypeError("a SharedBuffer has one size: make another one")
 
     def __enter__(self) -> Self:

@@ -238,6 +238,7 @@ class DelayedChannel:
 
     @property
     def paused(self) -> bool:
+        """Whether messages are held back."""
         return self._paused
 
     def pause(self) -> None:
@@ -448,15 +449,20 @@ class FakePort(MessagePort[Any, Any]):
 
     @property
     def buffered_amount(self) -> int:
+        """Bytes of the pickles that were posted here and not yet taken."""
         half = self._half
         return sum(len(item.body) for item in (*half.other.queue, *half.channel._held_from(half)))
 
     def drain(self, timeout: float | None = None) -> None:
+        """Run listeners until all that was posted was taken. Raises ``TimeoutError`` at once, whatever *timeout* is, if
+        nobody is there to take it.
+        """
         while self.buffered_amount:
             if not _step():
                 raise TimeoutError(f"{self.buffered_amount} bytes were not taken, and nobody is there to take them")
 
     async def adrain(self) -> None:
+        """``drain`` for asyncio."""
         self.drain()
 
     # Receiving
@@ -527,6 +533,7 @@ class FakePort(MessagePort[Any, Any]):
         return bytes(unpack_bytes(memoryview(item.body)))
 
     def fileno(self) -> int:
+        """Raises ``OSError``: it has none."""
         raise OSError(errno.EBADF, "a fake port has no descriptor to wait on")
 
     # Listening

@@ -139,11 +139,13 @@ class Worker(MessageTarget):
         return self._port.post_message(message, transfer)
 
     def receive(self, timeout: float | None = None) -> MessageEvent[Any]:
-        """The next message as an event, as ``MessagePort.receive``: ``PortClosedError`` once the worker has ended."""
+        """As ``MessagePort.receive``: the next message as an event; ``TimeoutError`` after *timeout* seconds,
+        ``PortClosedError`` once the worker has ended.
+        """
         return self._port.receive(timeout)
 
     def recv(self, timeout: float | None = None) -> Any:
-        """The next message, as ``MessagePort.recv``."""
+        """As ``MessagePort.recv``: the next message itself, else as ``receive``, *timeout* too."""
         return self._port.recv(timeout)
 
     async def areceive(self) -> MessageEvent[Any]:
@@ -331,10 +333,12 @@ class Worker(MessageTarget):
 
     @property
     def name(self) -> str:
+        """The process's name."""
         return str(self._process.name)
 
     @property
     def pid(self) -> int:
+        """The process's number."""
         return int(self._process.pid)
 
     @property

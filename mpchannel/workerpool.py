@@ -359,6 +359,8 @@ class WorkerPool(concurrent.futures.Executor):
 
     A worker that dies fails the call it had, with ``WorkerDied``, and no other; the pool goes on. Ports among arguments
     and results move. Workers start when they are first needed, and end with ``shutdown()``, or with the program.
+
+    Raises ``ValueError`` for a number that cannot be, ``TypeError`` if *initializer* is not callable.
     """
 
     def __init__(
@@ -428,7 +430,8 @@ class WorkerPool(concurrent.futures.Executor):
         return self._map(fn, iterables, timeout, chunksize, buffersize, self._plain)
 
     def stream(self, fn: Callable[P, Iterable[T]], /, *args: P.args, **kwargs: P.kwargs) -> PoolStream[T]:
-        """The values of a generator function as they come: for ``for`` and ``async for``. It is at most 64 values ahead
+        """The values of the generator function *fn*, called with *args* and *kwargs*, as they come: for ``for`` and
+        ``async for``. It is at most 64 values ahead
         of its reader. ``close()`` stops it, and its ``finally`` runs; so does leaving ``with``.
         """
         return PoolStream(self, fn, args, kwargs, self._plain)
