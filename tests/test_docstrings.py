@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import multiprocessing
 import re
 import textwrap
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from mpchannel import connection, ipc, testing, workerpool
 from mpchannel.events import Event, EventTarget
 
 OURS = {name for name in mpchannel.__all__ if not hasattr(multiprocessing, name)} | {"get_context"}
+
 
 def methods_of(cls: type) -> Iterator[tuple[str, Callable[..., Any]]]:
     """What users call of a class, and what we wrote of it."""
