@@ -32,7 +32,7 @@ from ._clone import Departure, Entry, Transferable, loads, message_error, unpack
 from ._delivery import TURNS, Home, home, loop_home
 from ._end import Buffer, Hand, Taken, spare_buffers
 from ._kernel import Bell, Descriptors, Memory, Socket, exit_code
-from ._link import Link, Loan, rest_if_ending
+from ._link import INTERRUPTED, Link, Loan, rest_if_ending
 from ._sockdiag import alive
 from ._status import status
 from ._wire import End, Parcel
@@ -574,6 +574,8 @@ class Endpoint(EventTarget, Transferable):
             raise DataCloneError(f"{name} is a closed port: {self!r}")
         if self._lent_now():
             raise DataCloneError(f"{name} is a port that is being given to a process right now")
+        if not self._link.packable:
+            raise DataCloneError(f"{name} cannot move yet: {INTERRUPTED}")
 
     def _lent_now(self) -> bool:
         loan = self._link.lent

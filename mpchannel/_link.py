@@ -68,6 +68,7 @@ from .errors import DataCloneError, PortClosedError
 _LOAN_LOOK: Final = 0.02  # seconds between two looks whether the start of a process that a link is lent to has failed
 _GARBAGE: Final = 0xFF  # the kind of a packet that will not load
 _DATA: Final = (0x10, 0x11, 0x12, 0x13, _GARBAGE)  # kinds of what ``_clone`` and ``_plain`` make, beside PICKLE
+INTERRUPTED: Final = "a message with ports was about to be received here when a signal handler raised; receive it first"
 # Every open link of this process, by id(). With its socket: what is referred to from here is not finalised with the
 # garbage a link may be part of, so the link can still say goodbye.
 _links: dict[int, tuple[weakref.ref[Link], Socket]] = {}
@@ -593,9 +594,7 @@ class Link(SocketEnd):
         back = []
         for packet in self._back:
             if isinstance(packet, Parcel):
-                raise DataCloneError(
-                    "a message with ports was about to be received here when a signal handler raised; receive it first"
-                )
+                raise DataCloneError(INTERRUPTED)
             body = memoryview(packet)[: packet.size or None] if isinstance(packet, Buffer) else packet
             back.append(b"".join((len(body).to_bytes(4, "little"), body)))
         self._leave_outbox()
@@ -608,6 +607,11 @@ class Link(SocketEnd):
         if plain is not None:
             head += CODEC.pack(KINDS[plain.codec], plain.largest)
         return b"".join((head, *back)), self._socket(), None if self._slab is None else self._slab.memory
+
+    @property
+    def packable(self) -> bool:
+        """Whether ``pack_up`` would not have to refuse, as things are."""
+        return not self._back or not any(isinstance(packet, Parcel) for packet in self._back)
 
     def lend(self, loan: Loan | None) -> None:
         """A process is being started that may take this link over: take nothing meanwhile. ``None``: it did not."""

@@ -520,7 +520,8 @@ class Process(Player):
         self.life[Life.SOJOURNS] += 1
         home, away = mpchannel.MessageChannel()
         arguments = (self.generation, self.ledger, away, repr(self.dice.random()), self.largest, held.state, held.port)
-        process = multiprocessing.get_context("fork").Process(target=sojourn, args=arguments)
+        # (Ours: the standard library's cannot be refused; a port that cannot go stays here, and stderr tells.)
+        process = mpchannel.get_context("fork").Process(target=sojourn, args=arguments)
         end = self.ledger.end(held.state.name, held.state.side)
         end[End.LENT] = 1
         try:

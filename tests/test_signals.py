@@ -598,3 +598,23 @@ def test_a_timeout_error_of_a_handler_comes_out_of_a_post_as_it_is(
         post_for_ever()
     assert type(raised.value) is TimeoutError
     assert raised.value.__cause__ is None
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_port_that_has_an_interrupted_message_with_ports_is_not_given_to_a_process(method: str) -> None:
+    inner, moving = mpchannel.MessageChannel()
+    near, far = mpchannel.MessageChannel()
+    near.post_message("a port", [moving])
+    hand: list[Any] = []
+    assert far._link.take(hand) is not None
+    far._link.dropped += (hand,)  # as whoever was interrupted does
+    far._link.slow = True
+    far._link.recover()
+    process = mpchannel.get_context(method).Process(target=children.echo, args=(far,))
+    with pytest.raises(mpchannel.DataCloneError, match="receive it first"):
+        process.start()
+    (arrived,) = far.receive(10).ports
+    arrived.post_message("here")
+    assert inner.recv(10) == "here"
+    for port in (inner, arrived, near, far):
+        port.close()
