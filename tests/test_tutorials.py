@@ -80,7 +80,7 @@ def shown(cell: Any) -> list[tuple[str, str]]:
     masked = []
     for output in cell.outputs:
         text = re.sub(r"\b[0-9a-f]{4}-\d+\b", "<channel>", text_of(output))
-        masked.append((output.output_type, re.sub(r"\d[\d.,:]*", "#", text)))
+        masked.append((output.output_type, re.sub(r"-?\d[\d.,:]*", "#", text)))
     return masked
 
 
