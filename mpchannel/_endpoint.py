@@ -642,7 +642,8 @@ _WORDS: Final = {
 def closed_error(end: End) -> PortClosedError:
     rest_if_ending()
     by = f" (process {end.pid})" if end.pid else ""
-    return PortClosedError(f"the channel is closed: the other end{by} {_WORDS[end.reason]}", end.reason)
+    how = f"sent what no port sends: {end.why}" if end.why and end.reason == "died" else _WORDS[end.reason]
+    return PortClosedError(f"the channel is closed: the other end{by} {how}", end.reason)
 
 
 def _look_again(reference: weakref.ref[Endpoint]) -> None:
@@ -654,6 +655,8 @@ def _look_again(reference: weakref.ref[Endpoint]) -> None:
 def _exit_code_after(end: End) -> int | None:
     if end.pid is None or end.pid == os.getpid() or end.reason not in ("exited", "died"):
         return None
+    if not 0 < end.pid < 1 << 31:
+        return None  # the other end made it up
     return exit_code(end.pid)
 
 

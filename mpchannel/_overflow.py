@@ -50,6 +50,9 @@ _AHEAD: Final = 128  # records found at a time: in less time than there is betwe
 _GIVE_BACK: Final = 1 << 20  # bytes read before their pages are given back: a mapping per MiB is not felt
 _LINGER: Final = 32  # looks for another record, in some 40 us
 _PATIENCE: Final = 64  # appends between two looks whether the reader still lives
+_STRAYS: Final = 100_000  # descriptors without a record passed over at a time: who sends more holds nobody up
+LIMITS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+"""What is no fault of the other end."""
 
 
 @final
@@ -168,6 +171,7 @@ class Inbox:
         "_lane",
         "_memory",
         "_start",
+        "broken",
         "first",
         "last",
         "left",
@@ -182,6 +186,8 @@ class Inbox:
         if not self._memory.sealed(SEAL_SHRINK):
             raise OSError(errno.EINVAL, "an overflow file must be sealed against shrinking")
         self._inode = self._memory.inode
+        self.broken = ""
+        """What is wrong with it, if its writer is no port: there is no more to be had from it, and nobody to trust."""
         self.place = 0
         """The number of the next record. Whoever takes that away adds one."""
         at = self._memory.offset
@@ -209,32 +215,43 @@ class Inbox:
                 return None
 
     def _read(self) -> bool:
-        """Read on from the next record. Whether that is there."""
-        place, at, data, start = self.place, self._at, self._data, self._start
+        """Read on from the next record. Whether that is there.
+
+        The writer may be anybody: what it says is believed as far as the file really has it, and may change meanwhile.
+        """
+        place, at, data, start, header = self.place, self._at, self._data, self._start, _HEADER.unpack_from
         begin = at - start
-        if begin + 8 > len(data) or begin + 8 + (_HEADER.unpack_from(data, begin)[0] >> 2) > len(data):
+        if begin + 8 > len(data) or begin + 8 + (header(data, begin)[0] >> 2) > len(data):
             if at - self._given_back >= _GIVE_BACK:
                 end = at // PAGE * PAGE
-                self._memory.discard(self._given_back, end)
-                self._given_back = end
+                self._give_back_until(end)
             unread = self._memory.size - at
             if unread < 8:
                 return False
             read = self._memory.read(min(unread, _CHUNK), at)
-            size = 8 + (_HEADER.unpack_from(read)[0] >> 2)
+            size = 8 + (header(read)[0] >> 2)
             if size > unread:
                 return False
             if size > len(read):
+                if self._memory.held < size:
+                    self.broken = f"a record of {size} bytes in an overflow file without so many"
+                    return False
                 read = self._memory.read(size, at)
             data, start, begin = memoryview(read), at, 0
+        (word,) = header(data, begin)
+        if word >> 2 <= (_TICKET.size if word & _DESCRIBED else 0):
+            self.broken = "an empty record in an overflow file"
+            return False
         packets: list[memoryview | Record] = []
-        ends, header = [at], _HEADER.unpack_from
-        while begin + 8 <= len(data) and len(packets) < _AHEAD:
+        ends, size = [at], len(data)
+        while begin + 8 <= size and len(packets) < _AHEAD:
             (word,) = header(data, begin)
             end = begin + 8 + (word >> 2)
-            if end > len(data):
+            if not begin + 8 < end <= size:
                 break
             if word & _DESCRIBED:
+                if end <= begin + 16:
+                    break
                 ticket = _TICKET.unpack_from(data, begin + 8)[0]
                 packets.append(Record(data[begin + 16 : end], place + len(packets), ticket))
             else:
@@ -245,16 +262,27 @@ class Inbox:
         if self.place == place:  # else a signal handler took some, and what was read for it is right
             self.packets, self.first, self.last, self._ends = packets, place, last, ends
             self._data, self._start = data, start
-        return True
+        return bool(packets)
+
+    def _give_back_until(self, end: int) -> None:
+        try:
+            self._memory.discard(self._given_back, end)
+        except PermissionError:
+            pass  # its writer made it read-only: the memory is given back with the file
+        self._given_back = end
 
     def descriptors(self, record: Record) -> Descriptors:
         """(Copies of) the record's descriptors. Raises ``OSError(EMFILE)`` if this process has no room for them."""
         mark = bytearray(8)
-        while record.ticket and self._lane is not None:
+        for _ in range(_STRAYS):
+            if not record.ticket or self._lane is None:
+                break
             try:
                 size, found = receive_with(self._lane, mark, NOW | PEEK)
-            except BlockingIOError:
-                break
+            except OSError as error:
+                if error.errno in LIMITS:
+                    raise
+                break  # nothing there
             if not size:
                 break
             if _TICKET.unpack(mark)[0] == record.ticket:
@@ -271,7 +299,9 @@ class Inbox:
     def drop_aside(self, record: Record) -> None:
         """The record was taken away: so are its descriptors in the lane."""
         mark = bytearray(8)
-        while record.ticket and self._lane is not None:
+        for _ in range(_STRAYS):
+            if not record.ticket or self._lane is None:
+                return
             try:
                 size = self._lane.recv_into(mark, 8, NOW | PEEK)
             except BlockingIOError:
@@ -286,7 +316,7 @@ class Inbox:
             deque(dropping, 0)
 
     def exhausted(self, *, linger: bool = False, writer_gone: bool = False) -> bool:
-        """Whether all was read; if so the file was sealed and the writer is back at the socket.
+        """Whether all was read; if so the file was sealed and the writer is back at the socket. Or it is ``broken``.
 
         *linger*: wait for an instant whether another record comes.
         """
@@ -297,9 +327,16 @@ class Inbox:
                 os.sched_yield()
             if self.next() is not None:
                 return False
+        if self.broken:
+            return True
         if self._memory.size > self._at and not writer_gone and not self._memory.sealed(SEAL_GROW):
             return False  # a large record is being written
-        self._memory.seal(SEAL_GROW)
+        try:
+            self._memory.seal(SEAL_GROW)
+        except PermissionError:
+            if not self._memory.sealed(SEAL_GROW):
+                self.broken = "an overflow file that cannot be sealed"
+                return True
         return self.next() is None  # what came in before the seal; a torn rest belongs to a writer that failed
 
     @property

@@ -151,6 +151,8 @@ class SharedEnd(SocketEnd):
 
     def _take_announced(self, hand: Hand, inode: int) -> Taken | None:
         inbox = self._open_inbox(inode)
+        if inbox is None and self._look() == (ANNOUNCE, inode):
+            return _OVER  # announced, and not there: the other end is no connection
         taken = None if inbox is None else self._take_overflowed(inbox, hand)
         return taken if taken is not None or self._stuck else self.take(hand)
 
@@ -206,6 +208,8 @@ class SharedEnd(SocketEnd):
                 return ahead  # type: ignore[return-value]
         record = inbox.next()
         if record is None:
+            if inbox.broken:
+                return _OVER
             if not self._leave_if_exhausted(inbox, linger=False):
                 self._stuck = True
             return None
@@ -225,8 +229,8 @@ class SharedEnd(SocketEnd):
     def _leave_if_exhausted(self, inbox: Inbox, *, linger: bool) -> bool:
         """Take the announcement away if all of its file was read, so that "readable" means that a message is there."""
         sock = self._socket()
-        if not inbox.exhausted(linger=linger, writer_gone=not linger and hung_up(sock)):
-            return False
+        if not inbox.exhausted(linger=linger, writer_gone=not linger and hung_up(sock)) or inbox.broken:
+            return False  # (A broken one stays where it is: it is the end, for all who share this.)
         # Other processes may poll meanwhile, without the lock that the user's receivers have, and find the same.
         if not inbox.lock(True):
             return False
@@ -259,7 +263,7 @@ class SharedEnd(SocketEnd):
             inbox = self._open_inbox(inode)
             if inbox is not None:
                 inbox.wind()
-                if inbox.next() is not None:
+                if inbox.next() is not None or inbox.broken:
                     return True
                 if not self._leave_if_exhausted(inbox, linger=False):
                     self._stuck = True

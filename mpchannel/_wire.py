@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from ._kernel import NOW, SEAL_SHRINK, SEND_NOW, Descriptors, Socket, narrow, receive_with, shut, widen
-from ._overflow import Outbox
+from ._overflow import LIMITS, Outbox
 
 PICKLE: Final = 0x80
 HEADS_UP, ANNOUNCE, CLOSE, HELD, CARRIER = 1, 2, 3, 4, 5
@@ -43,6 +43,7 @@ SLOTS: Final = 2  # the memory of SLOT packets comes along
 REASONS: Final = ("closed", "collected", "exited", "died", "undeliverable")
 
 _WHY_MAX: Final = 1 << 15  # bytes; of a traceback, the end matters
+_UNREAD_MOST: Final = 100_000  # packets: more than a socket holds, but some go on sending. (The kernel drops the rest)
 _MAP_FROM: Final = 1 << 17  # below, reading costs less than mapping and its page faults
 
 
@@ -77,13 +78,17 @@ def unwrap(packet: memoryview, descriptors: Descriptors) -> Parcel:
         body = memoryview(bytearray(packet[CARRIER_HEAD.size :]))
         if flags & BODY_IN_MEMORY:
             memory = descriptors.claim_memory()
-            if not memory.sealed(SEAL_SHRINK) or memory.size < size:
+            if not memory.sealed(SEAL_SHRINK) or memory.size < size or memory.held < size:
                 raise ValueError("the body is shorter than announced, or could become so")
             body = memoryview(memory.read(size, 0) if size < _MAP_FROM else memory.map(size))
         if flags & IN_ENVELOPE:
             descriptors.expect_envelope(count)
     except (struct.error, ValueError, IndexError):
         return Parcel(memoryview(b""), descriptors)
+    except OSError as error:
+        if error.errno in LIMITS:
+            raise
+        return Parcel(memoryview(b""), descriptors)  # no memory, or read-only; no envelope
     return Parcel(body, descriptors)
 
 
@@ -109,7 +114,7 @@ def unread(sock: Socket, described: bool) -> Iterator[Descriptors]:
     before the next heads-up.
     """
     buffer = bytearray(1)
-    while True:
+    for _ in range(_UNREAD_MOST):
         try:
             if described:
                 size, descriptors = receive_with(sock, buffer, NOW)
