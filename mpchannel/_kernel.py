@@ -58,6 +58,16 @@ SEND_NOW: Final = NOW | int(getattr(socket, "MSG_NOSIGNAL", 0))
 _CLOEXEC: Final = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 _CUT: Final = int(getattr(socket, "MSG_CTRUNC", 0))
 
+NOT_OURS: Final = (
+    errno.EACCES,
+    errno.EBADF,
+    errno.EINVAL,
+    errno.ENODEV,
+    errno.ENOTCONN,
+    errno.ENOTSOCK,
+    errno.EOPNOTSUPP,
+)
+"""Errors of descriptors that are not what they should be, where other errors are limits, and worth a try again."""
 _INTEGERS: Final = struct.Struct("i")
 _RIGHTS_ROOM = 4 * 256 + 512  # room for the control data of one packet, even if its sender has others come along
 _BRINGING: Final = frozenset({(socket.SOL_SOCKET, 1), (socket.SOL_SOCKET, 4)})  # descriptors: SCM_RIGHTS, SCM_PIDFD
@@ -357,7 +367,9 @@ class Descriptors(_Owner):
             try:
                 size, some = receive_with(envelope, mark, NOW | PEEK)
             except BlockingIOError:
-                raise ValueError("an envelope holds fewer descriptors than announced") from None
+                if not _readable(envelope):
+                    raise ValueError("an envelope holds fewer descriptors than announced") from None
+                raise
             if not size or not some._numbers:
                 raise ValueError("an envelope holds fewer descriptors than announced")
             envelope.recv_into(mark, 1, NOW)
@@ -535,6 +547,12 @@ def shut(sock: Socket) -> None:
     except OSError as error:
         if error.errno != errno.ENOTCONN:
             raise
+
+
+def _readable(sock: Socket) -> bool:
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    return bool(poller.poll(0))
 
 
 def hung_up(sock: Socket) -> bool:
@@ -854,6 +872,11 @@ class Memory(_File):
                 raise
             return False
 
+    def refuses(self, *seals: int) -> bool:
+        """Whether it is read-only for whoever has this descriptor, or has one of *seals*."""
+        readonly = fcntl.fcntl(self._number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        return readonly or any(map(self.sealed, seals))
+
     def discard(self, start: int, end: int) -> None:
         """Give the pages between two offsets (multiples of the page size) back to the system."""
         try:
@@ -910,6 +933,7 @@ def _first_memory_flags() -> int:
 _memory_flags = _first_memory_flags()
 SEAL_SHRINK: Final[int] = getattr(fcntl, "F_SEAL_SHRINK", 0)
 SEAL_GROW: Final[int] = getattr(fcntl, "F_SEAL_GROW", 0)
+SEAL_WRITING: Final[tuple[int, int]] = getattr(fcntl, "F_SEAL_WRITE", 0), 0x10  # F_SEAL_FUTURE_WRITE
 SEAL_SEAL: Final[int] = getattr(fcntl, "F_SEAL_SEAL", 0)
 PAGE: Final[int] = getattr(mmap, "PAGESIZE", 4096)
 

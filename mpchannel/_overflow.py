@@ -24,12 +24,14 @@ from collections.abc import Sequence
 from typing import Any, Final, NamedTuple, final
 
 from ._kernel import (
+    NOT_OURS,
     NOW,
     ONE_CALL_BYTES,
     ONE_CALL_PIECES,
     PAGE,
     PEEK,
     SEAL_GROW,
+    SEAL_SEAL,
     SEAL_SHRINK,
     Descriptors,
     Memory,
@@ -51,8 +53,6 @@ _GIVE_BACK: Final = 1 << 20  # bytes read before their pages are given back: a m
 _LINGER: Final = 32  # looks for another record, in some 40 us
 _PATIENCE: Final = 64  # appends between two looks whether the reader still lives
 _STRAYS: Final = 100_000  # descriptors without a record passed over at a time: who sends more holds nobody up
-LIMITS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
-"""What is no fault of the other end."""
 
 
 @final
@@ -280,7 +280,7 @@ class Inbox:
             try:
                 size, found = receive_with(self._lane, mark, NOW | PEEK)
             except OSError as error:
-                if error.errno in LIMITS:
+                if error.errno not in (errno.EAGAIN, *NOT_OURS):
                     raise
                 break  # nothing there
             if not size:
@@ -334,6 +334,8 @@ class Inbox:
         try:
             self._memory.seal(SEAL_GROW)
         except PermissionError:
+            if not self._memory.refuses(SEAL_SEAL):
+                raise
             if not self._memory.sealed(SEAL_GROW):
                 self.broken = "an overflow file that cannot be sealed"
                 return True

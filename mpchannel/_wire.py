@@ -25,8 +25,21 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
-from ._kernel import NOW, SEAL_SHRINK, SEND_NOW, Descriptors, Socket, narrow, receive_with, shut, widen
-from ._overflow import LIMITS, Outbox
+from ._kernel import (
+    NOT_OURS,
+    NOW,
+    SEAL_SHRINK,
+    SEAL_WRITING,
+    SEND_NOW,
+    Descriptors,
+    Memory,
+    Socket,
+    narrow,
+    receive_with,
+    shut,
+    widen,
+)
+from ._overflow import Outbox
 
 PICKLE: Final = 0x80
 HEADS_UP, ANNOUNCE, CLOSE, HELD, CARRIER = 1, 2, 3, 4, 5
@@ -73,6 +86,7 @@ def record(
 
 def unwrap(packet: memoryview, descriptors: Descriptors) -> Parcel:
     """A carrier's content; garbage comes out as an empty parcel."""
+    memory: Memory | None = None
     try:
         _, flags, count, size = CARRIER_HEAD.unpack_from(packet)
         body = memoryview(bytearray(packet[CARRIER_HEAD.size :]))
@@ -86,7 +100,7 @@ def unwrap(packet: memoryview, descriptors: Descriptors) -> Parcel:
     except (struct.error, ValueError, IndexError):
         return Parcel(memoryview(b""), descriptors)
     except OSError as error:
-        if error.errno in LIMITS:
+        if error.errno not in NOT_OURS and not (memory is not None and memory.refuses(*SEAL_WRITING)):
             raise
         return Parcel(memoryview(b""), descriptors)  # no memory, or read-only; no envelope
     return Parcel(body, descriptors)
