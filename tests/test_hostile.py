@@ -16,6 +16,7 @@ import socket
 import struct
 import tracemalloc
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,8 @@ import pytest
 import mpchannel
 from mpchannel import _clone, _link, _slots, _wire
 from mpchannel._kernel import MAX_DESCRIPTORS
+
+from . import fuzz_packets
 
 TIMEOUT = 10
 SPARSE = 256 << 20
@@ -588,3 +591,33 @@ def test_a_peer_that_does_not_stop_sending_notes_holds_up_no_other_port(
     assert not channel[1].poll()
     channel[1].onmessage = lambda event: None
     bystander()
+
+
+# By chance (see fuzz_packets)
+
+
+@pytest.mark.parametrize("name", fuzz_packets.corpus())
+def test_the_corpus_finds_nothing(name: str) -> None:
+    with fuzz_packets.no_pickle_loaded():
+        fuzz_packets.run_input(fuzz_packets.corpus()[name])
+
+
+def test_2000_mutations_of_the_corpus_find_nothing_and_come_to_every_outcome() -> None:
+    outcomes: Counter[str] = Counter()
+    with fuzz_packets.no_pickle_loaded():
+        for data in fuzz_packets.mutations(2000):
+            try:
+                outcomes |= fuzz_packets.run_input(data)
+            except BaseException as error:
+                raise AssertionError(f"found by {data!r}") from error
+    assert min(outcomes["message"], outcomes["bad"], outcomes["port"]) > 0
+    assert any("an empty record" in outcome for outcome in outcomes)
+    assert any("an empty packet" in outcome for outcome in outcomes)
+
+
+def test_the_corpus_is_what_its_seeds_are_and_what_was_found() -> None:
+    inputs, seeds = fuzz_packets.corpus(), fuzz_packets.seeds()
+    assert seeds.keys() <= inputs.keys()
+    with fuzz_packets.no_pickle_loaded():
+        for name, data in seeds.items():
+            assert fuzz_packets.run_input(data).keys() == fuzz_packets.run_input(inputs[name]).keys(), name
