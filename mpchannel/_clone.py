@@ -541,7 +541,11 @@ def dumps(thing: Any) -> bytes:
 def unpack(parcel: Parcel) -> tuple[Any, tuple[Any, ...]]:
     """(message, transferred objects). Raises ``MessageError``; then what came along was closed as undeliverable."""
     body, descriptors = parcel
-    descriptors.complete()  # may find no room for them: then the parcel is as it was
+    try:
+        descriptors.complete()  # may find no room for them: then the parcel is as it was
+    except ValueError as error:
+        descriptors.close()
+        raise MessageError(f"a message cannot be loaded: {error}", bytes(body)) from error
     arrived: list[Transferable] = []
     opened = False
     try:

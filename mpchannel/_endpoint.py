@@ -690,6 +690,8 @@ def _look_again(reference: weakref.ref[Endpoint]) -> None:
 def _exit_code_after(end: End) -> int | None:
     if end.pid is None or end.pid == os.getpid() or end.reason not in ("exited", "died") or end.broken:
         return None
+    if not 0 < end.pid < 1 << 31:
+        return None  # the other end made it up
     return exit_code(end.pid)
 
 

@@ -25,7 +25,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain, repeat, tee
+from itertools import chain, compress, repeat, tee
 from operator import attrgetter, call, itemgetter, methodcaller
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -58,8 +58,19 @@ SEND_NOW: Final = NOW | int(getattr(socket, "MSG_NOSIGNAL", 0))
 _CLOEXEC: Final = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 _CUT: Final = int(getattr(socket, "MSG_CTRUNC", 0))
 
+NOT_OURS: Final = (
+    errno.EACCES,
+    errno.EBADF,
+    errno.EINVAL,
+    errno.ENODEV,
+    errno.ENOTCONN,
+    errno.ENOTSOCK,
+    errno.EOPNOTSUPP,
+)
+"""Errors of descriptors that are not what they should be, where other errors are limits, and worth a try again."""
 _INTEGERS: Final = struct.Struct("i")
-_RIGHTS_ROOM = 4 * 256 + 32  # room for the control data of one packet
+_RIGHTS_ROOM = 4 * 256 + 512  # room for the control data of one packet, even if its sender has others come along
+_BRINGING: Final = frozenset({(socket.SOL_SOCKET, 1), (socket.SOL_SOCKET, 4)})  # descriptors: SCM_RIGHTS, SCM_PIDFD
 _SIOCOUTQ, _SIOCINQ = 0x5411, 0x541B  # <linux/sockios.h>
 _MFD_NOEXEC_SEAL = 0x0008  # Linux 6.3; without it newer kernels complain in their log, or refuse (vm.memfd_noexec=2)
 _MADV_REMOVE = 9
@@ -315,13 +326,16 @@ class Descriptors(_Owner):
         return map(list.pop, repeat(self._numbers, count), repeat(0))
 
     def claim_socket(self) -> Socket:
-        """The next one, as a socket. Raises ``OSError`` if it is none."""
+        """The next one, as an end of a socket pair. Raises ``OSError`` if it is none."""
         status = os.fstat(self._numbers[0])
         if not stat.S_ISSOCK(status.st_mode):
             raise OSError(errno.ENOTSOCK, "a descriptor that came with a message is no socket")
         with crossing:
             self._claimed.extend(map(Socket, *map(repeat, _kind()), self._pop()))
-            return _owned(self._claimed.pop(), (status.st_dev, status.st_ino))
+            sock = _owned(self._claimed.pop(), (status.st_dev, status.st_ino))
+        if sock.getpeername():  # raises if it is not connected
+            raise OSError(errno.ENOTSOCK, "a socket that came with a message has a name")
+        return sock
 
     def claim_pipe(self) -> Pipe:
         """The next one, as the reading end of a pipe. Raises ``IndexError`` if there is none."""
@@ -350,7 +364,12 @@ class Descriptors(_Owner):
         """Take what is in the envelope. Raises ``OSError(EMFILE)`` if there is no room, and can be called again."""
         envelope, mark = self._envelope, bytearray(1)
         while envelope is not None and len(self._numbers) < self._awaited:
-            size, some = receive_with(envelope, mark, NOW | PEEK)
+            try:
+                size, some = receive_with(envelope, mark, NOW | PEEK)
+            except BlockingIOError:
+                if not _readable(envelope):
+                    raise ValueError("an envelope holds fewer descriptors than announced") from None
+                raise
             if not size or not some._numbers:
                 raise ValueError("an envelope holds fewer descriptors than announced")
             envelope.recv_into(mark, 1, NOW)
@@ -363,12 +382,17 @@ class Descriptors(_Owner):
             yield self._envelope
         while self._numbers:
             if stat.S_ISSOCK(os.fstat(self._numbers[0]).st_mode):
-                yield self.claim_socket()
+                try:
+                    yield self.claim_socket()
+                except OSError as error:
+                    if error.errno not in (errno.ENOTCONN, errno.ENOTSOCK):
+                        raise
             else:
                 try:
                     self.claim_memory().seal(SEAL_GROW)  # whoever still writes there must learn that nobody reads
                 except OSError as error:
-                    if error.errno not in (errno.EINVAL, errno.EPERM):  # no memory at all, or sealed for good
+                    # No memory at all, not even a file, or sealed for good.
+                    if error.errno not in (errno.EINVAL, errno.EBADF, errno.EPERM):
                         raise
 
     def receive(self, sock: Socket, buffer: bytearray, flags: int) -> tuple[int, int]:
@@ -384,9 +408,12 @@ class Descriptors(_Owner):
 
 
 def _rights(received: Iterator[tuple[int, list[tuple[int, int, bytes]], int, Any]]) -> Iterator[int]:
-    """Lazily: the descriptors in what recvmsg gave. (There is no other control data: nobody asked for any.)"""
-    controls = chain.from_iterable(map(itemgetter(1), received))
-    return chain.from_iterable(chain.from_iterable(map(_INTEGERS.iter_unpack, map(itemgetter(2), controls))))
+    """Lazily: the descriptors in what recvmsg gave. (There is no other control data, unless somebody passed us a socket
+    with options: SO_PASSCRED has user ids come along, which are no descriptors to close.)
+    """
+    controls, kinds = tee(chain.from_iterable(map(itemgetter(1), received)))
+    bringing = compress(map(itemgetter(2), controls), map(_BRINGING.__contains__, map(itemgetter(0, 1), kinds)))
+    return chain.from_iterable(chain.from_iterable(map(_INTEGERS.iter_unpack, bringing)))
 
 
 def send_with(sock: Socket, parts: Sequence[Any], numbers: Sequence[int], sent: list[int] | None = None) -> None:
@@ -525,6 +552,12 @@ def shut(sock: Socket) -> None:
     except OSError as error:
         if error.errno != errno.ENOTCONN:
             raise
+
+
+def _readable(sock: Socket) -> bool:
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    return bool(poller.poll(0))
 
 
 def hung_up(sock: Socket) -> bool:
@@ -845,6 +878,11 @@ class Memory(_File):
                 raise
             return False
 
+    def refuses(self, *seals: int) -> bool:
+        """Whether it is read-only for whoever has this descriptor, or has one of *seals*."""
+        readonly = fcntl.fcntl(self._number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        return readonly or any(map(self.sealed, seals))
+
     def discard(self, start: int, end: int) -> None:
         """Give the pages between two offsets (multiples of the page size) back to the system."""
         try:
@@ -901,6 +939,7 @@ def _first_memory_flags() -> int:
 _memory_flags = _first_memory_flags()
 SEAL_SHRINK: Final[int] = getattr(fcntl, "F_SEAL_SHRINK", 0)
 SEAL_GROW: Final[int] = getattr(fcntl, "F_SEAL_GROW", 0)
+SEAL_WRITING: Final[tuple[int, int]] = getattr(fcntl, "F_SEAL_WRITE", 0), 0x10  # F_SEAL_FUTURE_WRITE
 SEAL_SEAL: Final[int] = getattr(fcntl, "F_SEAL_SEAL", 0)
 PAGE: Final[int] = getattr(mmap, "PAGESIZE", 4096)
 

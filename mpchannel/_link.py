@@ -367,7 +367,10 @@ class Link(SocketEnd):
         """Take the next packet off the socket only when its descriptors are safe in hand."""
         sock = self._socket()
         self._looks = looks = self._looks + 1
-        buffer = spare_buffers.pop() if spare_buffers else Buffer(BUFFER)
+        try:
+            buffer = spare_buffers.pop()
+        except IndexError:
+            buffer = Buffer(BUFFER)
         try:
             size, descriptors = receive_with(sock, buffer, NOW | PEEK)
         except BlockingIOError:

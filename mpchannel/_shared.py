@@ -136,7 +136,10 @@ class SharedEnd(SocketEnd):
             return self._take_announced(hand, ANNOUNCEMENT.unpack(mark)[1])
         if mark[0] == CARRIER:
             return self._take_described(hand)
-        buffer = spare_buffers.pop() if spare_buffers else Buffer(BUFFER)
+        try:
+            buffer = spare_buffers.pop()
+        except IndexError:
+            buffer = Buffer(BUFFER)
         try:
             size = buffer.size = self._recv_into(buffer, 0, NOW)
         except BlockingIOError:  # another process was quicker

@@ -46,6 +46,7 @@ CODEC: Final = struct.Struct("<BQ")
 REASONS: Final = ("closed", "collected", "exited", "died", "undeliverable")
 
 _WHY_MAX: Final = 1 << 15  # bytes; of a traceback, the end matters
+_UNREAD_MOST: Final = 100_000  # packets: more than a socket holds, but some go on sending. (The kernel drops the rest)
 _MAP_FROM: Final = 1 << 17  # below, reading costs less than mapping and its page faults
 
 
@@ -132,7 +133,7 @@ def unread(sock: Socket, described: bool) -> Iterator[Descriptors]:
     before the next heads-up.
     """
     buffer = bytearray(1)
-    while True:
+    for _ in range(_UNREAD_MOST):
         try:
             if described:
                 size, descriptors = receive_with(sock, buffer, NOW)
