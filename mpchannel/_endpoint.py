@@ -31,7 +31,7 @@ from typing import Any, Final, NoReturn, Self
 from ._clone import Departure, Entry, Transferable, loads, message_error, unpack
 from ._delivery import TURNS, Home, home, loop_home
 from ._end import Buffer, Hand, Taken, spare_buffers
-from ._kernel import Bell, Descriptors, Memory, Socket, exit_code
+from ._kernel import Bell, Descriptors, Memory, Socket, elsewhere, exit_code, in_crossing
 from ._link import INTERRUPTED, Link, Loan, rest_if_ending
 from ._sockdiag import alive
 from ._status import status
@@ -392,6 +392,12 @@ class Endpoint(EventTarget, Transferable):
         """
         if State is None:  # called by a finaliser when the interpreter has cleared this module: it said goodbye before
             return
+        if in_crossing():
+            elsewhere(self._close_here)
+        else:
+            self._close_here()
+
+    def _close_here(self) -> None:
         with self.lock:
             if self._state is State.DETACHED or self._end is not None:
                 return

@@ -78,6 +78,18 @@ _MADV_REMOVE = 9
 crossing = threading.RLock()
 """Held while a descriptor is in nobody's hands. Taken last, held for system calls that do not wait."""
 
+in_crossing: Final[Callable[[], bool]] = crossing._is_owned  # type: ignore[attr-defined]
+"""Whether this thread holds it: then a finaliser of the user's runs, in a garbage collection that came just there. It must
+not wait for a lock, whose holder may be waiting for this thread."""
+
+
+def elsewhere(fn: Callable[[], object]) -> None:
+    """Run *fn* in a thread of its own, for what must not wait here."""
+    try:
+        threading.Thread(target=fn, name="mpchannel close").start()
+    except RuntimeError:
+        pass  # the interpreter ends (or there is no thread to be had): all closes with the process, as after a kill
+
 
 def missing() -> list[str]:
     """What this system lacks for channels, in words; an empty list where they work."""

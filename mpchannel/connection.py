@@ -35,7 +35,7 @@ from ._clone import (
     unpack_bytes,
 )
 from ._end import Buffer, Hand, spare_buffers
-from ._kernel import Descriptors
+from ._kernel import Descriptors, elsewhere, in_crossing
 from ._shared import SharedEnd, open_shared_pair
 from ._wire import End, Parcel
 from .channel import wait
@@ -103,7 +103,10 @@ class Connection(Transferable, stdlib.Connection):
 
     def close(self) -> None:
         """Close this process's copy. Whoever is blocked in ``recv`` on it here gets ``OSError``."""
-        self._end.close()
+        if in_crossing():
+            elsewhere(self._end.close)
+        else:
+            self._end.close()
 
     def fileno(self) -> int:
         """The descriptor to wait on; not to be read from. (A copy of it is one more holder of this end.)"""

@@ -20,6 +20,7 @@ import pytest
 
 import mpchannel
 from mpchannel import CloseEvent, DataCloneError, MessageChannel, PortClosedError, _link
+from mpchannel._kernel import crossing
 
 from . import children
 from .children import ENDS, Port, Waiter, let_deliver, running
@@ -1121,3 +1122,30 @@ def test_daemon_threads_that_wait_on_ports_at_the_end_of_the_interpreter_cause_n
         """
     )
     assert output == "end\n"
+
+
+@pytest.mark.parametrize("make", [mpchannel.MessageChannel, mpchannel.Pipe])
+def test_a_finaliser_that_closes_while_a_descriptor_is_made_does_not_wait_for_whoever_waits_for_that(make: Any) -> None:
+    """The collector may run a user's ``__del__`` anywhere, also where this thread holds the lock that is taken last."""
+    near, far = make()
+    end = near._link if make is mpchannel.MessageChannel else near._end
+    holds, waits = threading.Event(), threading.Event()
+
+    def post() -> None:
+        with end.sending:
+            holds.set()
+            assert waits.wait(10)
+            with crossing:  # as a large message does
+                pass
+
+    poster = threading.Thread(target=post)
+    poster.start()
+    assert holds.wait(10)
+    with crossing:
+        waits.set()
+        near.close()  # as the finaliser would
+    poster.join(10)
+    assert not poster.is_alive()
+    with pytest.raises(EOFError):
+        far.recv()
+    far.close()

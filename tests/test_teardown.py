@@ -112,11 +112,8 @@ def build(dice):
         states = dice.sample(STATES, dice.randrange(0, 3))
         for state in states:
             state(dice.choice(ends))
-        # No finalisers here: one that comes while its thread holds `crossing` could wait for a port's lock, and whoever
-        # holds that one for `crossing`.
-        threaded = waiting in states or posting in states
         for end in ends:
-            dice.choice(HOLDERS[:-6] if threaded else HOLDERS)(end)
+            dice.choice(HOLDERS)(end)
         if dice.random() < 0.2:
             gc.collect()
     dice.shuffle(kept)
