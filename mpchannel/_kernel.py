@@ -79,8 +79,8 @@ crossing = threading.RLock()
 """Held while a descriptor is in nobody's hands. Taken last, held for system calls that do not wait."""
 
 in_crossing: Final[Callable[[], bool]] = crossing._is_owned  # type: ignore[attr-defined]
-"""Whether this thread holds it: then a finaliser of the user's runs, in a garbage collection that came just there. It must
-not wait for a lock, whose holder may be waiting for this thread."""
+"""Whether this thread holds it: then a finaliser of the user's runs, in a garbage collection that came just there. It
+must not wait for a lock, whose holder may be waiting for this thread."""
 
 
 def elsewhere(fn: Callable[[], object]) -> None:
