@@ -77,11 +77,11 @@ _NO_ROOM: Final = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EMSGSIZE)
 GONE: Final = (BrokenPipeError, ConnectionResetError)
 
 _BLOCK: Final = 0.004  # seconds a receive call may hold the lock; a transfer or another reader waits that long
-_SPIN: Final = 60e-6  # seconds a port that was quick last time is asked again and again before its thread sleeps:
-_QUICK: Final = 200e-6  # a sleeping thread on another core takes some 50 us to wake
-_SAME_CORE: Final = 8  # messages in a row that came as soon as this thread yielded: both share a core, and to ask again
-_OTHER_CORE: Final = 100  # is in vain (else a round trip takes 1.2 times as long); so many more if that was an error
-_SWITCH_LEAST, _SWITCH_MOST = 3e-6, 60e-6  # seconds for the other's answer if it was none
+SPIN: Final = 60e-6  # seconds a port that was quick last time is asked again and again before its thread sleeps:
+QUICK: Final = 200e-6  # a sleeping thread on another core takes some 50 us to wake
+SAME_CORE: Final = 8  # messages in a row that came as soon as this thread yielded: both share a core, and to ask again
+OTHER_CORE: Final = 100  # is in vain (else a round trip takes 1.2 times as long); so many more if that was an error
+SWITCH_LEAST, SWITCH_MOST = 3e-6, 60e-6  # seconds for the other's answer if it was none
 
 
 class Buffer(bytearray):
@@ -468,7 +468,7 @@ class SocketEnd:
 
     def _take_soon(self, hand: Hand, tried: bool) -> Taken | None:
         if self.hot:
-            until, yields = time.perf_counter() + _SPIN, 0
+            until, yields = time.perf_counter() + SPIN, 0
             while time.perf_counter() < until:
                 if tried:
                     os.sched_yield()
@@ -476,7 +476,7 @@ class SocketEnd:
                 taken = self.take(hand)
                 if taken is not None:
                     self._yielded = self._yielded + 1 if yields == 1 else min(self._yielded, 0)
-                    self.hot = self._yielded < _SAME_CORE
+                    self.hot = self._yielded < SAME_CORE
                     return taken
                 tried = True
         if self.slow:
@@ -496,10 +496,10 @@ class SocketEnd:
             pass  # see take
         taken = self.take(hand)
         took = time.perf_counter() - began
-        if self._yielded < _SAME_CORE:
-            self.hot = taken is not None and took < _QUICK
-        elif not _SWITCH_LEAST < took < _SWITCH_MOST:
-            self.hot, self._yielded = taken is not None and took < _QUICK, -_OTHER_CORE
+        if self._yielded < SAME_CORE:
+            self.hot = taken is not None and took < QUICK
+        elif not SWITCH_LEAST < took < SWITCH_MOST:
+            self.hot, self._yielded = taken is not None and took < QUICK, -OTHER_CORE
         return taken
 
     def wait(self, deadline: float | None, *, asleep_while: Callable[[], bool] | None = None) -> bool:

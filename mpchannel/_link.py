@@ -66,6 +66,7 @@ from ._wire import (
 from .errors import DataCloneError, PortClosedError
 
 _LOAN_LOOK: Final = 0.02  # seconds between two looks whether the start of a process that a link is lent to has failed
+_NOTES: Final = 1000  # packets without a message that are taken in a row
 _GARBAGE: Final = 0xFF  # the kind of a packet that will not load
 _DATA: Final = (0x10, 0x11, 0x12, 0x13, _GARBAGE)  # kinds of what ``_clone`` and ``_plain`` make, beside PICKLE
 INTERRUPTED: Final = "a message with ports was about to be received here when a signal handler raised; receive it first"
@@ -430,29 +431,34 @@ class Link(SocketEnd):
             raise
 
     def _take_record(self, inbox: Inbox, hand: Hand) -> Taken | None:
-        record = inbox.next()
-        if record is None:
-            self._socket()  # raises if a signal handler closed it
-            self._leave_if_exhausted(inbox)
-            return None
-        packet = record.packet
-        taken: Taken | None = packet
-        if packet[0] == CARRIER:
-            taken = unwrap(packet, inbox.descriptors(record), self._largest)
-        elif packet[0] != PICKLE:
-            noted = self._keep_house(packet, len(packet))
-            if not noted and packet[0] not in _DATA:
-                raise Refused(_of_no_kind(packet[0]))
-            taken = None if noted else Parcel(memoryview(bytearray(packet)), Descriptors())
-        if inbox.place != record.place:
-            return self._take_slowly(hand)  # a signal handler took it
-        # No call, and so no signal handler, in the next three statements.
-        if taken is not None:
-            hand += (taken,)
-        inbox.place = record.place + 1
-        inbox.drop_aside(record)
-        self._leave_if_exhausted(inbox, len(packet))
-        return self._take_slowly(hand) if taken is None else taken
+        for _ in range(_NOTES):
+            record = inbox.next()
+            if record is None:
+                self._socket()  # raises if a signal handler closed it
+                self._leave_if_exhausted(inbox)
+                return None
+            packet = record.packet
+            taken: Taken | None = packet
+            if packet[0] == CARRIER:
+                taken = unwrap(packet, inbox.descriptors(record), self._largest)
+            elif packet[0] != PICKLE:
+                noted = self._keep_house(packet, len(packet))
+                if not noted and packet[0] not in _DATA:
+                    raise Refused(_of_no_kind(packet[0]))
+                taken = None if noted else Parcel(memoryview(bytearray(packet)), Descriptors())
+            if inbox.place != record.place:
+                return self._take_slowly(hand)  # a signal handler took it
+            # No call, and so no signal handler, in the next three statements.
+            if taken is not None:
+                hand += (taken,)
+            inbox.place = record.place + 1
+            inbox.drop_aside(record)
+            self._leave_if_exhausted(inbox, len(packet))
+            if taken is not None:
+                return taken
+            if self._inbox is not inbox or self._end is not None:
+                return self._take_slowly(hand)
+        return None  # whoever sends nothing but notes holds up nobody else
 
     def _leave_if_exhausted(self, inbox: Inbox, taken: int = 0) -> None:
         """*taken*: the size of the packet just taken from it, if there was one."""

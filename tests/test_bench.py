@@ -16,6 +16,8 @@ from benchmarks import __main__ as command
 from benchmarks import peers
 from mpchannel.bench import channels, chart, ends, figures, goals, kinds, pools
 
+pytestmark = pytest.mark.once
+
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(

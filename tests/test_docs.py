@@ -12,6 +12,8 @@ import pytest
 
 import mpchannel
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[1]
 SITE = (
     "docs/index",

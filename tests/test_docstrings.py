@@ -16,6 +16,8 @@ import mpchannel
 from mpchannel import connection, ipc, testing, workerpool
 from mpchannel.events import Event, EventTarget
 
+pytestmark = pytest.mark.once
+
 OURS = {name for name in mpchannel.__all__ if not hasattr(multiprocessing, name)} | {"get_context"}
 
 

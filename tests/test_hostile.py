@@ -28,6 +28,7 @@ from mpchannel._wire import (
     HEADS_UP_PACKET,
     HELD,
     IN_ENVELOPE,
+    PROCESS,
 )
 
 RECORD = struct.Struct("<Q")
@@ -282,3 +283,17 @@ def test_mutated_packets_give_a_message_an_error_or_the_end_and_nothing_else(vil
                 except MessageError:
                     pass
             villain.sock.close()
+
+
+def test_a_flood_of_notes_ends_nothing_and_holds_up_nobody() -> None:
+    near, far = mpchannel.MessageChannel()
+    near.post_message("first")
+    note = PROCESS.pack(HELD, 0, os.getpid())
+    for _ in range(20_000):
+        near._link.post_parts((note,), len(note))
+    near.post_message("last")
+    assert far.recv(10) == "first"
+    assert mpchannel.receive_message_on_port(far) is None  # not all of them at once
+    assert far.recv(30) == "last"
+    near.close()
+    far.close()

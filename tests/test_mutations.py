@@ -9,6 +9,8 @@ import pytest
 from . import mutations
 from .mutations import MUTATIONS, Mutation
 
+pytestmark = pytest.mark.once
+
 each_mutation = pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda each: each.name.replace(" ", "-"))
 
 

@@ -78,12 +78,13 @@ def test_who_holds_which_end_and_what_waits_there(method: str) -> None:
         assert 0 < channels[frozenset((pid,))] < 30
         (main,) = [process for process in now.processes if process.pid == pid]
         assert main.overflow >= 722 * 65
+        assert [end.overflow for end in now.ends if end.overflow] == [main.overflow]
         (circle,) = [hint for hint in now.hints if "wait for each other" in hint]
         assert str(pid) in circle
         assert str(first) in circle
         assert str(second) not in circle
         (behind,) = [hint for hint in now.hints if "behind" in hint]
-        assert behind.startswith(f"{second} (")
+        assert re.match(rf"{second} \(.* is behind: \d\d,\d{{3}} bytes wait for it$", behind)
 
 
 def test_a_stopped_process_can_be_looked_at() -> None:
@@ -105,7 +106,7 @@ def test_the_command_prints_draws_and_gives_json(tmp_path: Path) -> None:
         lines = ran.stdout.splitlines()
         assert [line.split()[0] for line in lines if line.endswith(" message")] == [str(pid), str(first)]
         (behind,) = [line for line in lines if f"{second} fd " in line]
-        assert re.search(r" \d\d,\d{3} +\+0 B/s +0\.\d s$", behind)
+        assert re.search(r" \d\d,\d{3} \+ \d+ KiB +\+0 B/s +0\.\d s$", behind)
         assert sum(line.startswith("! ") for line in lines) == 2
 
         ran = run(pid, "--json")
@@ -113,7 +114,7 @@ def test_the_command_prints_draws_and_gives_json(tmp_path: Path) -> None:
         plain = json.loads(ran.stdout)
         assert plain.keys() == {"when", "processes", "ends", "hints"}
         assert len(plain["ends"]) == 6
-        assert plain["ends"][0].keys() == {"inode", "peer", "unread", "held", "holders"}
+        assert plain["ends"][0].keys() == {"inode", "peer", "unread", "held", "overflow", "holders"}
 
         for name in ("now.svg", "now.html"):
             ran = run(pid, "--graph", tmp_path / name)
@@ -207,7 +208,7 @@ def process(pid: int, *waits: str, on: tuple[int, ...] = (), state: str = "S") -
 def ends(*channels: tuple[int, int], unread: int = 0) -> list[End]:
     """Channel number n, between two processes: the ends 2n and 2n + 1."""
     return [
-        End(2 * number + side, 2 * number + 1 - side, unread * side, 0, [(pids[side], 3)])
+        End(2 * number + side, 2 * number + 1 - side, unread * side, 0, 0, [(pids[side], 3)])
         for number, pids in enumerate(channels)
         for side in (0, 1)
     ]
@@ -250,8 +251,8 @@ def test_a_message_under_way_ends_the_wait() -> None:
 
 def test_whoever_waits_for_another_program_may_yet_be_told() -> None:
     waiting = process(10, "message", on=(7,))
-    assert told(waiting, between=[End(7, 8, 0, 0, [(10, 3)])]) == []
-    assert told(waiting, between=[End(7, None, 0, 0, [(10, 3)])]) == []
+    assert told(waiting, between=[End(7, 8, 0, 0, 0, [(10, 3)])]) == []
+    assert told(waiting, between=[End(7, None, 0, 0, 0, [(10, 3)])]) == []
 
 
 def test_a_process_that_waits_for_itself_is_told() -> None:
@@ -262,7 +263,7 @@ def test_a_process_that_waits_for_itself_is_told() -> None:
 def test_rates_and_ages_come_from_several_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = iter(
         [
-            Look(when, [process(10, "")], [End(0, 1, unread, 0, [(10, 3)]), End(1, 0, 0, 0, [(10, 4)])], [])
+            Look(when, [process(10, "")], [End(0, 1, unread, 0, 0, [(10, 3)]), End(1, 0, 0, 0, 0, [(10, 4)])], [])
             for when, unread in ((1.0, 0), (2.0, 300), (4.0, 100), (5.0, 0))
         ]
     )

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from .._sockdiag import unix_sockets
+from .._wire import ANNOUNCEMENT, PROCESS
 
 _TICKS: Final = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 _MEMORY: Final = "/memfd:mpchannel"  # what _kernel.Memory calls what it makes
@@ -72,6 +73,7 @@ class End:
     peer: int | None  # the other end; None: it is gone
     unread: int  # bytes that were sent to this end and not yet taken
     held: int  # bytes of the kernel's memory that these take: of some 210,000
+    overflow: int  # bytes of memory of the overflow file behind these, as far as it is clear whose it is
     holders: list[tuple[int, int]]  # (pid, descriptor)
 
 
@@ -104,21 +106,42 @@ def look_at(root: int) -> Look:
         raise LookError(f"process {root} belongs to another user; only the same user (or root) can look at it")
     held: dict[int, list[tuple[int, int]]] = defaultdict(list)
     processes = []
+    files: dict[int, tuple[int, set[int]]] = {}  # by inode, overflow files: bytes, and who has them open
     for pid in pids:
         try:
-            processes.append(_process(pid, held))
+            processes.append(_process(pid, held, files))
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue  # it ended while we looked, or became another user's
     sockets = unix_sockets()
     ends = [
-        End(inode, each.peer or None, each.waiting, other.held if other else 0, sorted(held[inode]))
+        End(inode, each.peer or None, _unread(each.waiting), other.held if other else 0, 0, sorted(held[inode]))
         for inode, each in sorted(sockets.items())
         if inode in held and each.kind == socket.SOCK_SEQPACKET
         for other in (sockets.get(each.peer),)
     ]
     now = Look(time.monotonic(), processes, ends, [])
+    _attribute(files, now)
     now.hints = hints(now)
     return now
+
+
+def _unread(waiting: int) -> int:
+    return 0 if waiting == PROCESS.size else waiting  # a note of who holds the other end is no message
+
+
+def _attribute(files: dict[int, tuple[int, set[int]]], now: Look) -> None:
+    """An overflow file is announced in a socket, and only its two sides have it open: whose it is, if one end fits."""
+    holders = {end.inode: {pid for pid, _ in end.holders} for end in now.ends}
+    for size, having in files.values():
+        fitting = []
+        for end in now.ends:
+            writers = holders.get(end.peer or 0, set())
+            # (Whoever has not read that far yet has no descriptor of it.)
+            if end.unread >= ANNOUNCEMENT.size and having & writers and having <= writers | holders[end.inode]:
+                fitting.append(end)
+        fitting = [end for end in fitting if end.held > _MUCH] or fitting  # a file is begun when the socket is full
+        if len(fitting) == 1:
+            fitting[0].overflow += size
 
 
 def _family(root: int) -> list[int]:
@@ -154,7 +177,7 @@ def _may_see(pid: int) -> bool:
     return True
 
 
-def _process(pid: int, held: dict[int, list[tuple[int, int]]]) -> Process:
+def _process(pid: int, held: dict[int, list[tuple[int, int]]], files: dict[int, tuple[int, set[int]]]) -> Process:
     fields = _stat(pid)
     with open("/proc/uptime") as file:
         up = float(file.read().split()[0])
@@ -170,6 +193,8 @@ def _process(pid: int, held: dict[int, list[tuple[int, int]]]) -> Process:
                 held[about.st_ino].append((pid, int(name)))
             elif (where := os.readlink(path)).startswith(_MEMORY):
                 memory[about.st_ino] = about.st_blocks * 512
+                if _appends(pid, name):
+                    files.setdefault(about.st_ino, (about.st_blocks * 512, set()))[1].add(pid)
             elif where == "anon_inode:[eventfd]":
                 bells.add(int(name))
     threads = []
@@ -187,6 +212,12 @@ def _process(pid: int, held: dict[int, list[tuple[int, int]]]) -> Process:
         overflow=sum(memory.values()),
         threads=threads,
     )
+
+
+def _appends(pid: int, number: str) -> bool:
+    """Whether a descriptor is in append mode, as those of overflow files are and no others of ours."""
+    with open(f"/proc/{pid}/fdinfo/{number}") as file:
+        return any(int(line.split()[1], 8) & os.O_APPEND for line in file if line.startswith("flags:"))
 
 
 def _title(pid: int) -> str:
@@ -285,14 +316,12 @@ def hints(now: Look) -> list[str]:
             told.append(f"{names[process.pid]} is stopped (SIGCONT lets it go on)")
     behind: dict[int, int] = defaultdict(int)
     for end in now.ends:
-        if end.held > _MUCH:
+        if end.held > _MUCH or end.overflow:
             for pid in {pid for pid, _ in end.holders}:
-                behind[pid] += end.unread
+                behind[pid] += end.unread + end.overflow
     for pid, unread in behind.items():
         if pid not in stopped:
-            told.append(
-                f"{names[pid]} is behind: {unread:,} bytes wait for it in sockets, maybe more in overflow files"
-            )
+            told.append(f"{names[pid]} is behind: {unread:,} bytes wait for it")
     return told
 
 

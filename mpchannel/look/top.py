@@ -13,7 +13,7 @@ from typing import Any
 
 from ..demo.table import print_table
 from .graph import page, svg
-from .processes import Look, LookError, look_at
+from .processes import End, Look, LookError, look_at
 
 PROCESSES = ("pid", "parent", "process", "state", "age", "CPU", "memory", "in overflow", "ends", "waits for")
 CHANNELS = ("end", "held by", "unread", "end", "held by", "unread", "grows", "unread for")
@@ -79,8 +79,8 @@ class History:
         """Bytes per second by which what waits in these ends became more since the last look."""
         if self.before is None or self.now is None:
             return None
-        then = {end.inode: end.unread for end in self.before.ends}
-        today = {end.inode: end.unread for end in self.now.ends}
+        then = {end.inode: end.unread + end.overflow for end in self.before.ends}
+        today = {end.inode: end.unread + end.overflow for end in self.now.ends}
         if not all(inode in then and inode in today for inode in inodes):
             return None
         more = sum(today[inode] - then[inode] for inode in inodes)
@@ -128,7 +128,7 @@ def channel_lines(now: Look, history: History, most: int | None = None) -> list[
     """The channels, those with most unread first. *most*: no more of them."""
     channels = sorted(
         now.channels(),
-        key=lambda each: (-each[0].unread - (each[1].unread if each[1] else 0), each[0].holders, each[0].inode),
+        key=lambda each: (-sum(end.unread + end.overflow for end in each if end), each[0].holders, each[0].inode),
     )
     lines = []
     for end, other in channels[:most]:
@@ -138,17 +138,21 @@ def channel_lines(now: Look, history: History, most: int | None = None) -> list[
             [
                 str(end.inode),
                 holders(end.holders),
-                f"{end.unread:,}",
+                unread(end),
                 *(
                     [str(end.peer or "gone"), "another program" if end.peer else "-", "-"]
                     if other is None
-                    else [str(other.inode), holders(other.holders), f"{other.unread:,}"]
+                    else [str(other.inode), holders(other.holders), unread(other)]
                 ),
                 "-" if growth is None else f"{growth:+,.0f} B/s",
                 "-" if since is None else duration(since),
             ]
         )
     return lines
+
+
+def unread(end: End) -> str:
+    return f"{end.unread:,} + {size(end.overflow)}" if end.overflow else f"{end.unread:,}"
 
 
 def holders(held: Sequence[tuple[int, int]]) -> str:
