@@ -27,6 +27,7 @@ from ._end import BUFFER, READ_AHEAD, SMALL, Buffer, Hand, SocketEnd, Taken, spa
 from ._kernel import (
     NOW,
     PEEK,
+    SEAL_SEAL,
     Descriptors,
     Memory,
     Socket,
@@ -427,7 +428,7 @@ class Link(SocketEnd):
         try:
             return self._take_record(inbox, hand)
         except OSError as error:
-            refuse_wrong(error)
+            refuse_wrong(error, inbox.memory, SEAL_SEAL)
             raise
 
     def _take_record(self, inbox: Inbox, hand: Hand) -> Taken | None:
@@ -491,7 +492,7 @@ class Link(SocketEnd):
             return self._break_off(error)
         except OSError as error:
             try:
-                refuse_wrong(error)
+                refuse_wrong(error, None if self._inbox is None else self._inbox.memory, SEAL_SEAL)
             except Refused as refused:
                 return self._break_off(refused)
             raise

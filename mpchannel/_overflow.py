@@ -31,6 +31,7 @@ from ._kernel import (
     PEEK,
     SEAL_GROW,
     SEAL_SHRINK,
+    SEAL_WRITING,
     Descriptors,
     Memory,
     Socket,
@@ -58,7 +59,6 @@ _WRONG: Final = (
     errno.ENOTCONN,
     errno.ENOTSOCK,
     errno.EOPNOTSUPP,
-    errno.EPERM,
     errno.ESPIPE,
 )
 """What system calls say of a descriptor that is not what it should be; no limit of this system is among them."""
@@ -71,9 +71,12 @@ class Refused(OSError):
         super().__init__(errno.EBADMSG, what)
 
 
-def refuse_wrong(error: OSError) -> None:
-    """Raise ``Refused`` if *error* is about a descriptor that is not what it should be."""
-    if error.errno in _WRONG:
+def refuse_wrong(error: OSError, memory: Memory | None = None, *seals: int) -> None:
+    """Raise ``Refused`` if *error* is about a descriptor that is not what it should be, and would come again. What the
+    system refuses for once (a security module may) is none: *memory* tells, which must not have these *seals*.
+    """
+    lasting = error.errno == errno.EPERM and memory is not None and memory.refuses(*seals, *SEAL_WRITING)
+    if lasting or error.errno in _WRONG:
         raise Refused(f"a descriptor that is not what it should be ({error.strerror})") from error
 
 
@@ -341,6 +344,11 @@ class Inbox:
     @property
     def inode(self) -> int:
         return self._inode
+
+    @property
+    def memory(self) -> Memory:
+        """The file itself."""
+        return self._memory
 
     def lock(self, on: bool) -> bool:
         """Lock the file against the other processes that read it: ``False`` if one of them has."""

@@ -25,7 +25,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
-from ._kernel import NOW, SEAL_SHRINK, SEND_NOW, Descriptors, Socket, narrow, receive_with, shut, widen
+from ._kernel import NOW, SEAL_SHRINK, SEND_NOW, Descriptors, Memory, Socket, narrow, receive_with, shut, widen
 from ._overflow import Outbox, Refused, refuse_wrong
 
 PICKLE: Final = 0x80
@@ -80,6 +80,7 @@ def unwrap(packet: memoryview, descriptors: Descriptors, largest: int | None = N
 
     *largest*: it may be so many bytes, and bring no descriptors but that of its body.
     """
+    memory: Memory | None = None
     try:
         _, flags, count, size = CARRIER_HEAD.unpack_from(packet)
         if largest is not None and (size > largest or count or flags & IN_ENVELOPE):
@@ -98,7 +99,7 @@ def unwrap(packet: memoryview, descriptors: Descriptors, largest: int | None = N
     except (struct.error, ValueError, IndexError) as error:
         raise Refused("a packet that says it has descriptors, without them") from error
     except OSError as error:
-        refuse_wrong(error)
+        refuse_wrong(error, memory)
         raise
     return Parcel(body, descriptors)
 

@@ -8,6 +8,8 @@ import pytest
 
 from . import fuzz_packets
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize("name", fuzz_packets.corpus())
 def test_the_corpus_finds_nothing(name: str) -> None:

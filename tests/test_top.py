@@ -21,6 +21,8 @@ import mpchannel
 from mpchannel.look import graph, top
 from mpchannel.look.processes import End, Look, LookError, Process, Thread, hints, look_at
 
+pytestmark = pytest.mark.once
+
 HANG = 30
 ROOT = Path(__file__).parent.parent
 
