@@ -31,12 +31,12 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "row(*ids): the rows of the behaviour tables that a test stands for")
     config.addinivalue_line("markers", "soak: takes an hour; only when asked for, with -m soak")
-    config.addinivalue_line("markers", "once: the same on every Python; left out where MPCHANNEL_ONCE is `done`")
+    config.addinivalue_line("markers", "once: on one Python is enough; left out where MPCHANNEL_ONCE is `done`")
     config.addinivalue_line("markers", "leaves(why): uses what stays until the process ends")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What was tested on another Python, and is no affair of the version, is not tested again: `.ci/run` says so."""
+    """What takes long and is hardly an affair of the version is tested on the first Python only: `.ci/run` says so."""
     if os.environ.get("MPCHANNEL_ONCE") == "done":
         again = [item for item in items if item.get_closest_marker("once")]
         config.hook.pytest_deselected(items=again)

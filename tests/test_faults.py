@@ -8,6 +8,8 @@ import pytest
 
 from . import children, faults
 
+pytestmark = pytest.mark.once
+
 
 def injected(*arguments: str) -> int:
     """How many faults were, in a program of its own; nothing may have been broken."""

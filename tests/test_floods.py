@@ -19,7 +19,7 @@ from . import children
 
 MIB = 1 << 20
 Port = mpchannel.MessagePort[Any, Any]
-pytestmark = pytest.mark.usefixtures("memory_to_itself")
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("memory_to_itself")]
 
 
 def resident(pid: int | str = "self") -> int:

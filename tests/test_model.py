@@ -23,6 +23,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import mpchannel
 
+pytestmark = pytest.mark.once
+
 Port = mpchannel.MessagePort[Any, Any]
 
 HANG = 20

@@ -20,6 +20,8 @@ import mpchannel
 
 from . import children, storm
 
+pytestmark = pytest.mark.once
+
 PROCESSES = 4
 CHANNELS = 5
 HANDOVERS = 200

@@ -22,6 +22,8 @@ from nbclient import NotebookClient
 
 import mpchannel
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 SECONDS = 120  # for one whole notebook
