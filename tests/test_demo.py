@@ -21,6 +21,8 @@ from mpchannel import MessageChannel, SharedBuffer
 from mpchannel.demo import frames, offload
 from mpchannel.demo.search import Found, Progress, search, text_files
 
+pytestmark = pytest.mark.once
+
 COMMAND = (sys.executable, "-m", "mpchannel", "demo")
 LINES = 60  # of each of the FILES
 FILES = 12

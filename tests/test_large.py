@@ -18,6 +18,8 @@ from mpchannel import MessageChannel
 
 from . import buffer_children, children
 
+pytestmark = pytest.mark.once
+
 GIB = 1 << 30
 MIB = 1 << 20
 Ends = tuple[Any, Any]

@@ -11,6 +11,8 @@ import pytest
 
 from . import children
 
+pytestmark = pytest.mark.once
+
 PREAMBLE = """
     import errno, os, resource, sys, threading
     import mpchannel

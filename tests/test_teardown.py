@@ -19,6 +19,8 @@ TEARDOWNS = """
 import asyncio, atexit, gc, os, random, signal, sys, threading, weakref
 import mpchannel
 
+pytestmark = pytest.mark.once
+
 class Closes:
     "Closes its port when it is finalised, wherever that comes."
     def __init__(self, port):
