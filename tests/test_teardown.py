@@ -12,14 +12,14 @@ import mpchannel
 
 from . import children
 
+pytestmark = pytest.mark.once
+
 # Interpreters
 
 
 TEARDOWNS = """
 import asyncio, atexit, gc, os, random, signal, sys, threading, weakref
 import mpchannel
-
-pytestmark = pytest.mark.once
 
 class Closes:
     "Closes its port when it is finalised, wherever that comes."
