@@ -339,12 +339,18 @@ def test_it_has_no_name_and_needs_no_tracker() -> None:
 @pytest.mark.parametrize("room", [1, 2])
 def test_limits_are_told_and_nothing_is_left(room: int) -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + room, limits[1]))
+    top = max(map(int, os.listdir("/proc/self/fd")))
+    fillers = [os.dup(0)]
+    while fillers[-1] < top:  # so that none below the limit is free
+        fillers.append(os.dup(0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(fillers) + room, limits[1]))
     buffers = []
     try:
         with pytest.raises(OSError, match="descriptors open and may have"):
             buffers += [SharedBuffer(10) for _ in range(10)]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for number in fillers:
+            os.close(number)
     assert not buffers
     SharedBuffer(10).close()
