@@ -58,16 +58,6 @@ SEND_NOW: Final = NOW | int(getattr(socket, "MSG_NOSIGNAL", 0))
 _CLOEXEC: Final = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 _CUT: Final = int(getattr(socket, "MSG_CTRUNC", 0))
 
-NOT_OURS: Final = (
-    errno.EACCES,
-    errno.EBADF,
-    errno.EINVAL,
-    errno.ENODEV,
-    errno.ENOTCONN,
-    errno.ENOTSOCK,
-    errno.EOPNOTSUPP,
-)
-"""Errors of descriptors that are not what they should be, where other errors are limits, and worth a try again."""
 _INTEGERS: Final = struct.Struct("i")
 _RIGHTS_ROOM = 4 * 256 + 512  # room for the control data of one packet, even if its sender has others come along
 _BRINGING: Final = frozenset({(socket.SOL_SOCKET, 1), (socket.SOL_SOCKET, 4)})  # descriptors: SCM_RIGHTS, SCM_PIDFD

@@ -130,7 +130,7 @@ class _Recorder:
 
     def slice(self, name: str, port: Endpoint, begin: float, what: tuple[str, float] | None, **about: Any) -> None:
         """*what*: ``posted`` or ``taken``, and when: the message is connected by that."""
-        about["port"] = _name(port)
+        about["port"] = port._identity
         event = {
             "ph": "X",
             "name": name,
@@ -157,11 +157,6 @@ _recorder: _Recorder | None = None
 
 def _now() -> float:
     return time.monotonic_ns() / 1000
-
-
-def _name(port: Endpoint) -> str:
-    link = port._link
-    return f"{link.channel[:2].hex()}-{int.from_bytes(link.channel[8:], 'little')}/{link.side}"
 
 
 # Exchanged methods
@@ -292,7 +287,7 @@ def _dispatching(original: Method, recorder: _Recorder) -> Method:
 def _closing(original: Method, recorder: _Recorder) -> Method:
     def close(port: Endpoint) -> None:
         if port._state is State.OPEN:
-            recorder.instant("close", port=_name(port))
+            recorder.instant("close", port=port._identity)
         original(port)
 
     return close
@@ -301,7 +296,7 @@ def _closing(original: Method, recorder: _Recorder) -> Method:
 def _ending(original: Method, recorder: _Recorder) -> Method:
     def over(port: Endpoint, end: End, *rest: Any, **options: Any) -> Any:
         if port._state is State.OPEN:
-            recorder.instant("closed by the other end", port=_name(port), reason=end.reason, by=end.pid)
+            recorder.instant("closed by the other end", port=port._identity, reason=end.reason, by=end.pid)
         return original(port, end, *rest, **options)
 
     return over
@@ -310,7 +305,7 @@ def _ending(original: Method, recorder: _Recorder) -> Method:
 def _leaving(original: Method, recorder: _Recorder) -> Method:
     def left(port: Endpoint, departure: Any, pid: int | None, *rest: Any, **options: Any) -> Any:
         result = original(port, departure, pid, *rest, **options)
-        recorder.instant("transfer", port=_name(port), to=pid)
+        recorder.instant("transfer", port=port._identity, to=pid)
         return result
 
     return left
@@ -319,7 +314,7 @@ def _leaving(original: Method, recorder: _Recorder) -> Method:
 def _making(original: Method, recorder: _Recorder) -> Method:
     def __init__(channel: MessageChannel[Any, Any], **options: Any) -> None:
         original(channel, **options)
-        recorder.instant("channel", port=_name(channel.port1))
+        recorder.instant("channel", port=channel.port1._identity)
 
     return __init__
 
