@@ -75,8 +75,8 @@ def _children() -> set[int]:
         try:
             with open(f"/proc/self/task/{task}/children") as file:
                 found.update(map(int, file.read().split()))
-        except FileNotFoundError:
-            continue  # that thread has ended
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # that thread has ended, before it was opened or before it was read
     return found
 
 

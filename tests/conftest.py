@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 import mpchannel
+from mpchannel import testing
 from mpchannel._recycle import give_back
 
 START_METHODS = ("fork", "spawn", "forkserver")
@@ -94,33 +95,12 @@ def _settled_helpers() -> None:
     assert done.wait(10)
 
 
-def _descriptors() -> dict[int, str]:
-    found = {}
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
-        except OSError:
-            continue  # the one that lists
-    return found
-
-
-def _children() -> set[int]:
-    children = set()
-    for task in os.listdir("/proc/self/task"):
-        try:
-            with open(f"/proc/self/task/{task}/children") as file:
-                children |= {int(word) for word in file.read().split()}
-        except OSError:
-            continue  # that thread has ended
-    return children
-
-
 def _belongings() -> dict[str, set[Any]]:
     helpers = ("QueueFeederThread",)
     return {
-        "descriptors": set(_descriptors().items()),
+        "descriptors": set(testing._descriptors().items()),
         "threads": {each.name for each in threading.enumerate() if each.name not in helpers},
-        "children": _children(),
+        "children": testing._children(),
     }
 
 
